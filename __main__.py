@@ -1,0 +1,5 @@
+"""``python -m concertina`` is the ``concertina`` command."""
+
+from .orchestrator.cli.main import main
+
+main()
