@@ -1,0 +1,129 @@
+"""Reading tensors from a checkpoint straight into page memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from ..errors import InternalError, OperatorError
+from .convert import check_convertible, convert
+from .tensor_file import DTYPE_BYTES, TensorInfo
+
+_READ_BYTES = 16 << 20  # per system call, so that progress is seen
+_CONVERT_ELEMENTS = 1 << 18  # 1 MiB of F32: stays in a core's cache between reading and writing
+
+Progress = Callable[[int, int], None]
+"""Called with bytes read so far and in all; from the loading thread, about every 16 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A tensor (or some of its rows) and where its elements go, contiguously.
+
+    Parameters
+    ----------
+    source : TensorInfo
+        Use `TensorInfo.rows` and `TensorInfo.at` for parts of a tensor.
+    key : str
+        Extent to write to.
+    dest_offset : int
+        First byte within the extent; a multiple of the element size.
+    dtype : str
+        Wanted dtype, as safetensors spells it.
+    """
+
+    source: TensorInfo
+    key: str
+    dest_offset: int
+    dtype: str
+
+    @property
+    def dest_bytes(self) -> int:
+        """Bytes written into the extent."""
+        return self.source.nbytes // DTYPE_BYTES[self.source.dtype] * DTYPE_BYTES[self.dtype]
+
+    def check(self, extent_bytes: int) -> None:
+        """Check the piece against its extent's size.
+
+        Raises
+        ------
+        OperatorError
+            The wanted dtype is unknown, or cannot be made from the tensor's.
+        InternalError
+            It lies outside the extent or is misaligned.
+        """
+        where = f"{self.source.file}: tensor {self.source.name!r}"
+        if self.dtype != self.source.dtype:
+            check_convertible(self.source.dtype, self.dtype, where)
+        if self.dest_offset % DTYPE_BYTES[self.dtype]:
+            raise InternalError(f"{where}: dest_offset {self.dest_offset} is no multiple of {DTYPE_BYTES[self.dtype]}")
+        if self.dest_offset < 0 or self.dest_offset + self.dest_bytes > extent_bytes:
+            raise InternalError(
+                f"{where}: bytes {self.dest_offset}..{self.dest_offset + self.dest_bytes} lie outside extent "
+                f"{self.key!r} of {extent_bytes} bytes"
+            )
+
+
+Segments = Callable[[str, int, int], Sequence[memoryview]]
+"""``segments(key, offset, nbytes)``: the extent's memory for these bytes, in order."""
+
+
+def load_pieces(pieces: Sequence[Piece], segments: Segments, progress: Progress | None = None) -> None:
+    """Read every piece, in the order of files and offsets.
+
+    Raises
+    ------
+    OperatorError
+        A file cannot be opened or ends early; names file and tensor.
+    """
+    total, done = sum(piece.source.nbytes for piece in pieces), 0
+    with ExitStack() as stack:
+        descriptors: dict[str, int] = {}
+        for piece in sorted(pieces, key=lambda p: (p.source.file, p.source.offset)):
+            path = piece.source.file
+            if path not in descriptors:
+                descriptors[path] = _open(path)
+                stack.callback(os.close, descriptors[path])
+            memory = segments(piece.key, piece.dest_offset, piece.dest_bytes)
+            for nbytes in _read_piece(piece, descriptors[path], memory):
+                done += nbytes
+                if progress:
+                    progress(done, total)
+
+
+def _open(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as e:
+        raise OperatorError(f"{path}: cannot be read: {e.strerror}") from e
+
+
+def _read_piece(piece: Piece, fd: int, segments: Sequence[memoryview]) -> Iterator[int]:
+    source = piece.source
+    size, dest_size = DTYPE_BYTES[source.dtype], DTYPE_BYTES[piece.dtype]
+    same = source.dtype == piece.dtype
+    step = _READ_BYTES if same else _CONVERT_ELEMENTS * dest_size
+    scratch = None if same else memoryview(bytearray(_CONVERT_ELEMENTS * size))
+    offset = source.offset
+    for segment in segments:
+        for start in range(0, len(segment), step):
+            out = segment[start : start + step]
+            raw = out if scratch is None else scratch[: len(out) // dest_size * size]
+            _fill(fd, raw, offset, source)
+            if scratch is not None:
+                convert(raw, source.dtype, out, piece.dtype)
+            offset += len(raw)
+            yield len(raw)
+
+
+def _fill(fd: int, out: memoryview, offset: int, source: TensorInfo) -> None:
+    while out:
+        count = os.preadv(fd, [out], offset)
+        if count == 0:
+            raise OperatorError(
+                f"{source.file}: tensor {source.name!r}: the file ends at byte {offset}, "
+                f"expected to reach {source.offset + source.nbytes}"
+            )
+        out, offset = out[count:], offset + count

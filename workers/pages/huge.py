@@ -1,0 +1,57 @@
+"""Backing a pool's pages with huge pages where the kernel has some to give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .memfd import HUGE_BYTES, MemfdRange
+from .syscalls import collapse
+
+Run = tuple[int, int]
+
+
+class HugePages:
+    """Which 2 MiB regions of a pool are huge.
+
+    Parameters
+    ----------
+    window : MemfdRange
+        Maps the whole pool from page 0.
+    """
+
+    def __init__(self, window: MemfdRange) -> None:
+        self._window = window
+        self._huge: set[int] = set()
+
+    @property
+    def regions(self) -> int:
+        """Regions that were collapsed and not given back since."""
+        return len(self._huge)
+
+    def collapse(self, wanted: Iterable[Run], free: Iterable[Run]) -> int:
+        """Collapse regions that ``wanted`` runs of pages touch; returns how many became huge.
+
+        Regions with a free page are left alone, because a huge page takes all its memory at once. Where the
+        kernel refuses, the region keeps small pages with the same contents, and the next one is tried.
+        """
+        regions = self._touched(wanted) - self._touched(free) - self._huge
+        whole = self._window.nbytes // HUGE_BYTES
+        won = {
+            region
+            for region in sorted(regions)
+            if region < whole and collapse(self._window.address + region * HUGE_BYTES, HUGE_BYTES)
+        }
+        self._huge |= won
+        return len(won)
+
+    def forget(self, freed: Iterable[Run]) -> None:
+        """Pages were given back; the kernel has split their huge pages."""
+        self._huge -= self._touched(freed)
+
+    def _touched(self, runs: Iterable[Run]) -> set[int]:
+        size = self._window.page_bytes
+        return {
+            region
+            for first, count in runs
+            for region in range(first * size // HUGE_BYTES, -(-(first + count) * size // HUGE_BYTES))
+        }

@@ -1,0 +1,178 @@
+"""Handing a pool's descriptors to other processes over a Unix socket (``SCM_RIGHTS``).
+
+Works across PID namespaces, where ``/proc/PID/fd`` does not. An address is a path, or ``@name`` for the
+abstract namespace, which leaves no file behind. One exchange per connection: a JSON line with the token, then
+a JSON line with the pool's geometry, and its descriptors beside it.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import os
+import socket
+import socketserver
+import stat
+import threading
+from typing import Any
+
+from ...errors import InternalError, OperatorError
+from .backend import PoolGeometry
+from .memfd import MemfdBackend, MemfdPool
+
+_log = logging.getLogger(__name__)
+_LINE_BYTES = 4096
+_HELLO_TIMEOUT_S = 5.0
+_MAX_DESCRIPTORS = 64
+
+
+class _Server(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, address: str, pool: MemfdPool, token: str) -> None:
+        self.pool = pool
+        self.token = token
+        super().__init__(_kernel_address(address), _Handler)
+
+
+class _Handler(socketserver.BaseRequestHandler):
+    server: _Server
+
+    def handle(self) -> None:
+        self.request.settimeout(_HELLO_TIMEOUT_S)
+        try:
+            self._answer()
+        except OSError as e:  # the client went away or is silent: its problem, not the pool's
+            _log.warning("pool %r: a client was not served: %s", self.server.pool.geometry.name, e)
+
+    def _answer(self) -> None:
+        hello = _parse(_read_line(self.request)[0])
+        if not hmac.compare_digest(str(hello.get("token", "")).encode(), self.server.token.encode()):
+            self.request.sendall(b'{"error": "token"}\n')
+            return
+        geometry, descriptors = self.server.pool.geometry, self.server.pool.export()
+        reply = {"name": geometry.name, "pages": geometry.pages, "page_bytes": geometry.page_bytes}
+        socket.send_fds(self.request, [json.dumps(reply).encode() + b"\n"], list(descriptors))
+
+
+class PoolServer:
+    """Serves a pool to whoever knows the token, from a thread; owners run one, and workers may, for re-adoption.
+
+    Parameters
+    ----------
+    pool : MemfdPool
+        Must stay open until `close`.
+    token : str
+        Shared secret, not empty.
+    address : str
+        A path or ``@name``.
+
+    Raises
+    ------
+    OperatorError
+        The token is empty, or the address cannot be bound.
+    """
+
+    def __init__(self, pool: MemfdPool, token: str, address: str) -> None:
+        if not token:
+            raise OperatorError("pool server: token: expected a non-empty secret")
+        _remove_dead_socket(address)
+        try:
+            self._server = _Server(address, pool, token)
+        except OSError as e:
+            raise OperatorError(f"pool server: address {address!r}: cannot listen: {e}") from e
+        self.address = address
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), name=f"pool-server {address}", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop serving; descriptors that were handed out stay valid."""
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+        if not self.address.startswith("@") and os.path.exists(self.address):
+            os.unlink(self.address)
+
+
+def fetch_pool(address: str, token: str, timeout_s: float = 10.0) -> MemfdPool:
+    """Import the pool that is served at ``address``.
+
+    Raises
+    ------
+    OperatorError
+        The token is refused.
+    InternalError
+        Nobody listens there, or the answer does not come within ``timeout_s`` or is no answer.
+    """
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(timeout_s)
+            connection.connect(_kernel_address(address))
+            connection.sendall(json.dumps({"token": token}).encode() + b"\n")
+            line, descriptors = _read_line(connection)
+    except OSError as e:
+        raise InternalError(f"page pool at {address!r}: no answer: {e}") from e
+    return _import(address, line, descriptors)
+
+
+def _import(address: str, line: bytes, descriptors: list[int]) -> MemfdPool:
+    try:
+        reply = _parse(line)
+        if reply.get("error") == "token":
+            raise OperatorError(f"page pool at {address!r}: token: refused by its server")
+        try:
+            geometry = PoolGeometry(reply["name"], reply["pages"], reply["page_bytes"])
+        except (KeyError, TypeError) as e:
+            raise InternalError(f"page pool at {address!r}: malformed answer {line[:80]!r}") from e
+        return MemfdBackend().import_pool(descriptors, geometry)
+    except BaseException:
+        _close_all(descriptors)
+        raise
+
+
+def _read_line(connection: socket.socket) -> tuple[bytes, list[int]]:
+    line, descriptors = b"", list[int]()
+    try:
+        while not line.endswith(b"\n") and len(line) < _LINE_BYTES:
+            flags = socket.MSG_CMSG_CLOEXEC
+            data, more, _, _ = socket.recv_fds(connection, _LINE_BYTES, _MAX_DESCRIPTORS, flags)
+            descriptors += more
+            if not data:
+                break
+            line += data
+    except OSError:
+        _close_all(descriptors)
+        raise
+    return line, descriptors
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for fd in descriptors:
+        os.close(fd)
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(line)
+    except ValueError:
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _kernel_address(address: str) -> str:
+    return "\0" + address[1:] if address.startswith("@") else address
+
+
+def _remove_dead_socket(address: str) -> None:
+    """Unlink a path that a killed server left; one that answers, or no socket, stays and makes bind fail."""
+    if address.startswith("@") or not os.path.exists(address) or not stat.S_ISSOCK(os.stat(address).st_mode):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(address)
+        except ConnectionRefusedError:
+            os.unlink(address)

@@ -1,0 +1,157 @@
+"""The page table in the pool's own first pages, so that a pool explains itself to whoever holds its descriptor.
+
+Layout: a superblock (geometry, written once), then two copies of the table. A change goes to the older copy, under a
+higher generation and a checksum; an owner killed half-way leaves the other copy valid.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+
+from ...errors import OperatorError
+from .backend import PoolGeometry
+from .memfd import MemfdBackend, MemfdPool
+from .table import PageTable
+
+_MAGIC = b"CNCRTNA1"
+_SUPERBLOCK_BYTES = 4096
+_COPY_BYTES = 16 << 10  # of one copy, and
+_COPY_BYTES_PER_PAGE = 64  # for each page more: room for every page being an extent of its own
+_HEADER = struct.Struct("<8sQQI")  # magic, generation, payload bytes, checksum of the two and the payload
+TABLE_KEY = "table"
+
+
+def table_pages(geometry: PoolGeometry) -> int:
+    """How many of a pool's first pages hold its superblock and table."""
+    return -(-(_SUPERBLOCK_BYTES + 2 * _copy_bytes(geometry)) // geometry.page_bytes)
+
+
+def _copy_bytes(geometry: PoolGeometry) -> int:
+    return _COPY_BYTES + _COPY_BYTES_PER_PAGE * geometry.pages
+
+
+class TableStore:
+    """Reads and writes a pool's table.
+
+    Parameters
+    ----------
+    pool : MemfdPool
+    """
+
+    def __init__(self, pool: MemfdPool) -> None:
+        self.pool = pool
+        self._copy_bytes = _copy_bytes(pool.geometry)
+        self.generation = 0
+
+    @classmethod
+    def format(cls, pool: MemfdPool) -> tuple[TableStore, PageTable]:
+        """Write the superblock and a table with nothing but its own pages.
+
+        Raises
+        ------
+        OperatorError
+            The pool is too small for its table.
+        """
+        needed = table_pages(pool.geometry)
+        if needed >= pool.geometry.pages:
+            raise OperatorError(
+                f"pool {pool.geometry.name!r}: pages: its table alone needs {needed} of {pool.geometry.pages}"
+            )
+        geometry = pool.geometry
+        described = {"name": geometry.name, "pages": geometry.pages, "page_bytes": geometry.page_bytes}
+        block = _sealed(0, json.dumps(described).encode())
+        if len(block) > _SUPERBLOCK_BYTES:
+            raise OperatorError(f"pool: name: longer than fits {_SUPERBLOCK_BYTES} bytes")
+        store, table = cls(pool), PageTable(geometry.pages)
+        table.allocate(TABLE_KEY, "table", needed)
+        store.write(table)
+        _write(pool.fd, block, 0)  # last: a pool with a superblock has a table
+        return store, table
+
+    def write(self, table: PageTable) -> None:
+        """Make ``table`` the durable one.
+
+        Raises
+        ------
+        OperatorError
+            It does not fit; the durable table is still the one before.
+        """
+        payload = json.dumps(table.to_dict(), separators=(",", ":")).encode()
+        if _HEADER.size + len(payload) > self._copy_bytes:
+            raise OperatorError(
+                f"pool {self.pool.geometry.name!r}: {len(table.extents)} extents do not fit its page table "
+                f"({len(payload)} of {self._copy_bytes} bytes); use shorter keys, fewer extents or more pages"
+            )
+        generation = self.generation + 1
+        _write(self.pool.fd, _sealed(generation, payload), self._offset(generation))
+        self.generation = generation
+
+    def read(self) -> PageTable:
+        """The newest intact table.
+
+        Raises
+        ------
+        OperatorError
+            Neither copy is intact.
+        """
+        name = self.pool.geometry.name
+        copies = [_read_sealed(self.pool.fd, self._offset(which), self._copy_bytes) for which in (0, 1)]
+        intact = [copy for copy in copies if copy]
+        if not intact:
+            raise OperatorError(f"pool {name!r}: both copies of its page table are damaged")
+        self.generation, payload = max(intact)
+        return PageTable.from_dict(json.loads(payload), source=f"pool {name!r}: page table")
+
+    def _offset(self, generation: int) -> int:
+        return _SUPERBLOCK_BYTES + generation % 2 * self._copy_bytes
+
+
+def open_pool(fd: int) -> MemfdPool:
+    """A formatted pool from nothing but its descriptor, which the pool takes over.
+
+    Raises
+    ------
+    OperatorError
+        Not a sealed memfd with an intact superblock.
+    """
+    try:
+        block = _read_sealed(fd, 0, _SUPERBLOCK_BYTES)
+        if block is None:
+            raise OperatorError("descriptor: not a page pool (no superblock in its first bytes)")
+        described = json.loads(block[1])
+        geometry = PoolGeometry(described["name"], described["pages"], described["page_bytes"])
+        return MemfdBackend().import_pool([fd], geometry)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _sealed(generation: int, payload: bytes) -> bytes:
+    return _HEADER.pack(_MAGIC, generation, len(payload), _checksum(generation, payload)) + payload
+
+
+def _checksum(generation: int, payload: bytes) -> int:
+    return zlib.crc32(payload, zlib.crc32(struct.pack("<QQ", generation, len(payload))))
+
+
+def _read_sealed(fd: int, offset: int, limit: int) -> tuple[int, bytes] | None:
+    head = os.pread(fd, _HEADER.size, offset)
+    if len(head) < _HEADER.size:
+        return None
+    magic, generation, nbytes, checksum = _HEADER.unpack(head)
+    if magic != _MAGIC or nbytes > limit - _HEADER.size:
+        return None
+    payload = os.pread(fd, nbytes, offset + _HEADER.size)
+    if len(payload) != nbytes or _checksum(generation, payload) != checksum:
+        return None
+    return generation, payload
+
+
+def _write(fd: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
