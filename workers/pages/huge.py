@@ -36,17 +36,18 @@ class HugePages:
         """
         regions = self._touched(wanted) - self._touched(free) - self._huge
         whole = self._window.nbytes // HUGE_BYTES
-        won = {
-            region
-            for region in sorted(regions)
-            if region < whole and collapse(self._window.address + region * HUGE_BYTES, HUGE_BYTES)
-        }
+        won = {region for region in sorted(regions) if region < whole and self._collapse(region)}
         self._huge |= won
         return len(won)
 
     def forget(self, freed: Iterable[Run]) -> None:
         """Pages were given back; the kernel has split their huge pages."""
         self._huge -= self._touched(freed)
+
+    def _collapse(self, region: int) -> bool:
+        offset = region * HUGE_BYTES
+        self._window.memory(offset, 1).tobytes()  # a region without any page is refused (EINVAL); reading makes one
+        return collapse(self._window.address + offset, HUGE_BYTES)
 
     def _touched(self, runs: Iterable[Run]) -> set[int]:
         size = self._window.page_bytes
