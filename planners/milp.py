@@ -31,6 +31,8 @@ class MilpOptions:
         ``highs``, ``cbc``, or ``auto``: HiGHS where it is installed, else CBC.
     seed : int
         Seed of the solver's own random choices; one thread, so that the same seed gives the same answer.
+    node_limit : int or None
+        Stop after this many branch-and-bound nodes: unlike a time limit, the same on every machine.
     warm_start : bool
         Start from the variables' initial values (all must be set).
     """
@@ -39,6 +41,7 @@ class MilpOptions:
     gap: float = 1e-6
     backend: Backend = "auto"
     seed: int = 0
+    node_limit: int | None = None
     warm_start: bool = False
 
 
@@ -59,14 +62,24 @@ class MilpResult:
         return self.objective is not None
 
 
-class _WarmHighs(pulp.HiGHS):  # type: ignore[misc]
-    """PuLP's HiGHS takes no starting solution; this hands over the variables' values before the run."""
+class _Highs(pulp.HiGHS):  # type: ignore[misc]
+    """PuLP's HiGHS with a starting solution (the variables' values) and node limits."""
+
+    warm_start = False
 
     def callSolver(self, lp: Any) -> None:
-        variables = lp.variables()
-        indices = [v.index for v in variables]
-        lp.solverModel.setSolution(len(indices), indices, [float(v.varValue) for v in variables])
+        if self.warm_start:
+            variables = lp.variables()
+            indices = [v.index for v in variables]
+            lp.solverModel.setSolution(len(indices), indices, [float(v.varValue) for v in variables])
         super().callSolver(lp)
+
+    def findSolutionValues(self, lp: Any) -> tuple[int, int]:
+        try:
+            found: tuple[int, int] = super().findSolutionValues(lp)
+        except KeyError:  # PuLP 3.3 has set all values but knows no status for HiGHS' node limit
+            return pulp.LpStatusOptimal, pulp.LpSolutionIntegerFeasible
+        return found
 
 
 def solve_milp(model: Any, options: MilpOptions | None = None) -> MilpResult:
@@ -95,14 +108,16 @@ def _backend(wanted: Backend) -> Backend:
 
 
 def _solve_highs(model: Any, options: MilpOptions) -> MilpResult:
-    solver_class = _WarmHighs if options.warm_start else pulp.HiGHS
-    solver = solver_class(
+    limits = {} if options.node_limit is None else {"mip_max_nodes": options.node_limit}
+    solver = _Highs(
         msg=False,
+        **limits,
         gapRel=options.gap,
         timeLimit=options.time_limit_s,
         threads=1,
         random_seed=options.seed % 2**31,
     )
+    solver.warm_start = options.warm_start
     model.solve(solver)
     if model.status in (pulp.LpStatusInfeasible, pulp.LpStatusUnbounded):
         return MilpResult("infeasible", None, None)
@@ -127,6 +142,7 @@ def _solve_cbc(model: Any, options: MilpOptions) -> MilpResult:
         timeLimit=options.time_limit_s,
         threads=1,
         warmStart=options.warm_start,
+        maxNodes=options.node_limit,
         options=[f"randomCbcSeed {options.seed % 2**31}"],
     )
     model.solve(solver)

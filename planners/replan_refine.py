@@ -1,0 +1,103 @@
+"""A layer's re-plan improved by small integer programs over a few devices at a time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .milp import MilpOptions
+from .replan_exact import improve_exactly
+from .replan_greedy import LayerSearch, plan_greedy, tokens_inside
+from .replan_task import LayerTask
+
+_FLEXIBILITIES = (0.65, 1.0, 0.4, 0.25, 0.0)
+_BYTES_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class RefineOptions:
+    """How long to work on one layer.
+
+    Parameters
+    ----------
+    rounds : int
+        Most small programs.
+    devices : int
+        Devices re-arranged by one program.
+    hottest : int
+        Loaded experts that may get further replicas there.
+    nodes : int
+        Branch-and-bound nodes per program.
+    seconds : float or None
+        Time limit of one program.
+    """
+
+    rounds: int = 6
+    devices: int = 8
+    hottest: int = 3
+    nodes: int = 200
+    seconds: float | None = 1.0
+
+
+def best_greedy(task: LayerTask, tries: int = len(_FLEXIBILITIES)) -> LayerSearch:
+    """The best of several greedy searches; stops at the first that cannot be improved."""
+    best = plan_greedy(task, _FLEXIBILITIES[0])
+    for flexibility in _FLEXIBILITIES[1:tries]:
+        if finished(best):
+            break
+        other = plan_greedy(task, flexibility)
+        if other.score < best.score:
+            best = other
+    return best
+
+
+def finished(search: LayerSearch) -> bool:
+    """Reached, with as few bytes as any answer must copy."""
+    least = search.task.least_bytes() * (1 + _BYTES_TOLERANCE) + 0.999 * _smallest_step(search.task)
+    return not search.unplaced and search.excess <= 0 and search.task.new_bytes(search.state) <= least
+
+
+def _smallest_step(task: LayerTask) -> float:
+    """With experts of one size, bytes come in whole experts: a bound may be rounded up."""
+    first = task.bytes_E[0]
+    return first if all(b == first for b in task.bytes_E) else 0.0
+
+
+def refine(
+    search: LayerSearch, options: RefineOptions, seed: int, may_go_on: Callable[[], bool] = lambda: True
+) -> LayerSearch:
+    """Re-arrange a few devices at a time while it helps; never worse than ``search``."""
+    rng = random.Random(seed)
+    best = search
+    for _ in range(options.rounds):
+        if finished(best) or best.unplaced or not may_go_on():
+            break
+        devices, wanted = _part(best, options, rng)
+        limits = MilpOptions(options.seconds, 1e-4, node_limit=options.nodes, warm_start=True)
+        state = improve_exactly(best.task, best.state, devices, wanted, limits)
+        if state is not None:
+            other = LayerSearch(best.task, state)
+            other.relieve()
+            if other.score <= best.score:
+                best = other
+    return best
+
+
+def _part(search: LayerSearch, options: RefineOptions, rng: random.Random) -> tuple[list[int], set[int]]:
+    """Devices to re-arrange, and experts that may get replicas there."""
+    task, state = search.task, search.state
+    if search.excess > 0:
+        over = [d for d in sorted(search.tight) if state.slack(d) < -state.eps]
+        devices = [rng.choice(over)]
+        roomy = [d for d in range(task.devices) if d not in search.tight]
+        devices += rng.sample(roomy, min(len(roomy), options.devices // 2))
+    else:
+        new_at = sorted({d for _, d in task.new_replicas(state)})
+        devices = rng.sample(new_at, min(len(new_at), options.devices // 2))
+    others = [d for d in range(task.devices) if d not in devices]
+    devices += rng.sample(others, min(len(others), max(0, options.devices - len(devices))))
+    inside_E = tokens_inside(search) if search.excess > 0 else list(task.tokens_E)
+    hottest = sorted(range(task.experts), key=lambda e: (-inside_E[e], e))[: options.hottest]
+    movable = {e for e, d in task.new_replicas(state) if d in devices}
+    return sorted(devices), movable | set(hottest)
