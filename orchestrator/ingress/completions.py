@@ -1,0 +1,106 @@
+"""``/v1/completions``: what is asked and how it is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .api_errors import invalid, unsupported
+from .choice import Entry, Piece
+from .fields import Fields, are_ids
+from .job import MAX_LOGPROBS, Job, fit_context, read_n, read_sampling, read_stops, read_stream
+from .tokenizer import Tokenizer
+from .vocabulary import Vocabulary
+
+DEFAULT_MAX_TOKENS = 16  # the OpenAI API's
+PROMPT = "a non-empty string, list of strings, list of token ids, or list of lists of token ids"
+
+
+class Completions:
+    """The completions endpoint's side of a request."""
+
+    path = "/v1/completions"
+    kind = "text_completion"
+    chunk_kind = "text_completion"
+    id_prefix = "cmpl-"
+
+    async def read(self, body: Fields, tokenizer: Tokenizer, max_model_len: int) -> Job:
+        """Check a body and turn its prompts into token ids.
+
+        Raises
+        ------
+        ApiError
+            400: names the field at fault.
+        """
+        n = read_n(body)
+        body.refuse({"suffix": ("",), "best_of": (n,)})
+        stream, include_usage = read_stream(body)
+        logprobs = body.integer("logprobs", None, 0, MAX_LOGPROBS)
+        echo = body.boolean("echo")
+        if echo and logprobs is not None:
+            raise unsupported("echo", "log-probabilities of a prompt are not computed; leave out echo or logprobs")
+        wish = body.integer("max_tokens", DEFAULT_MAX_TOKENS, 1, 2**31 - 1)
+        stops = read_stops(body)
+        prompts = await self._prompts(body, tokenizer)
+        most = fit_context(prompts, wish, max_model_len, "prompt")
+        return Job(
+            model=body.text("model"),
+            prompts=prompts,
+            echo=self._echo(body.get("prompt"), prompts, tokenizer) if echo else (),
+            n=n,
+            sampling=read_sampling(body, tokenizer.vocab_size, most, logprobs),
+            stops=stops,
+            stream=stream,
+            include_usage=include_usage,
+        )
+
+    def choice(self, index: int, piece: Piece, vocabulary: Vocabulary, wants_logprobs: bool) -> dict[str, Any]:
+        """A whole choice of an answer."""
+        logprobs = self.logprobs(piece.entries, vocabulary) if wants_logprobs else None
+        return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish}
+
+    def opening(self) -> Mapping[str, Any] | None:
+        """What a streamed choice begins with."""
+        return None
+
+    def logprobs(self, entries: Sequence[Entry], vocabulary: Vocabulary) -> dict[str, Any]:
+        """Parallel lists, one item per token."""
+        return {
+            "tokens": [_name(vocabulary, e.token_id) for e in entries],
+            "token_logprobs": [e.logprob.logprob for e in entries],
+            "top_logprobs": [{_name(vocabulary, i): p for i, p in e.logprob.top} for e in entries],
+            "text_offset": [e.offset for e in entries],
+        }
+
+    async def _prompts(self, body: Fields, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+        prompt = body.get("prompt")
+        items = prompt if isinstance(prompt, list) and not are_ids(prompt, 2**63) else [prompt]
+        if not items or not all(isinstance(item, str | list) and item for item in items):
+            raise body.wrong("prompt", PROMPT)
+        prompts = [await self._prompt(body, item, tokenizer) for item in items]
+        if not all(prompts):
+            raise invalid("prompt: gives no token", "prompt", "empty_prompt")
+        return tuple(prompts)
+
+    async def _prompt(self, body: Fields, item: str | list[Any], tokenizer: Tokenizer) -> tuple[int, ...]:
+        if isinstance(item, str):
+            return await tokenizer.encode(item)
+        if not are_ids(item, tokenizer.vocab_size):
+            raise body.wrong("prompt", f"{PROMPT}, ids from 0 to {tokenizer.vocab_size - 1}")
+        return tuple(item)
+
+    @staticmethod
+    def _echo(prompt: Any, ids: Sequence[Sequence[int]], tokenizer: Tokenizer) -> tuple[str, ...]:
+        if isinstance(prompt, str):
+            return (prompt,)
+        texts = prompt if isinstance(prompt[0], str) else []
+        return tuple(texts) or tuple(tokenizer.decode(p) for p in ids)
+
+
+def _name(vocabulary: Vocabulary, token_id: int) -> str:
+    """A token's text; the bytes of half a character are spelt out, so that names stay distinct."""
+    raw = vocabulary.bytes_of(token_id)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{b:02x}" for b in raw)

@@ -1,0 +1,84 @@
+"""A sequence that may change workers: what has come so far, and what is to be asked for next."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ...workers.protocol import EngineOutput, EngineRequest
+from .members import StreamLost
+
+MAX_FUTILE = 5  # workers lost one after the other without a single token: the request itself may be what kills them
+
+
+class Continuation:
+    """The state of one request across the workers that serve it in turn.
+
+    Parameters
+    ----------
+    request : EngineRequest
+        As it was first asked.
+    """
+
+    def __init__(self, request: EngineRequest) -> None:
+        self._request = request
+        self._produced: list[int] = []
+        self._cached: int | None = None
+        self._attempts = 0
+        self._futile = 0
+        self.interrupted_at_s: float | None = None
+        self.finished = False
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Prompt and everything generated so far."""
+        return (*self._request.prompt, *self._produced)
+
+    def next_request(self) -> EngineRequest:
+        """What to submit now: the request itself, or its continuation behind the tokens that came already.
+
+        Seeded sampling draws by (seed, position in the whole sequence), so the same tokens follow.
+        """
+        done = len(self._produced)
+        self._attempts += 1
+        if self._attempts == 1:
+            return self._request
+        sampling = replace(
+            self._request.sampling,
+            max_tokens=self._request.sampling.max_tokens - done,
+            min_tokens=max(0, self._request.sampling.min_tokens - done),
+        )
+        name = f"{self._request.id}.{self._attempts}"
+        return replace(self._request, id=name, prompt=self.tokens, sampling=sampling)
+
+    def note(self, output: EngineOutput) -> EngineOutput | None:
+        """Take in an output; returns it as the first worker would have sent it, or None where it carries nothing."""
+        self._produced.extend(output.token_ids)
+        if output.token_ids:
+            self.interrupted_at_s = None
+            self._futile = 0
+        if self._cached is None and (output.token_ids or output.finish_reason):
+            self._cached = min(output.cached_tokens, len(self._request.prompt))
+        moved_on = output.finish_reason == "abort"  # nobody asked for it: the worker gives its sequences up
+        finish = None if moved_on else output.finish_reason
+        self.finished = finish is not None
+        if not output.token_ids and finish is None:
+            return None
+        return replace(output, id=self._request.id, finish_reason=finish, cached_tokens=self._cached or 0)
+
+    def interrupted(self, reason: str, now_s: float) -> EngineOutput | None:
+        """The worker is gone. Returns the last output where all tokens had come but their end had not.
+
+        Raises
+        ------
+        StreamLost
+            Too many workers in turn were lost without any progress.
+        """
+        if len(self._produced) >= self._request.sampling.max_tokens:
+            self.finished = True
+            return EngineOutput(self._request.id, (), "length", (), self._cached or 0)
+        self._futile += 1
+        if self._futile >= MAX_FUTILE:
+            raise StreamLost(f"{self._futile} workers in turn were lost without progress, the last one: {reason}")
+        if self.interrupted_at_s is None:
+            self.interrupted_at_s = now_s
+        return None

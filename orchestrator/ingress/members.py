@@ -1,0 +1,68 @@
+"""The workers that an ingress knows of, and what it needs of a connection to one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ...errors import InternalError
+from ...workers.protocol import EngineLoad, EngineOutput, EngineRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A worker's address.
+
+    Parameters
+    ----------
+    name : str
+        Unique; a worker that replaces another one is another member.
+    host, port, token
+        Where its engine listens, and the secret that it asks for.
+    speed : float
+        Tokens per second relative to the other members'; requests are shared out accordingly.
+    draining : bool
+        Gets no new request; those that run there go on.
+    """
+
+    name: str
+    host: str
+    port: int
+    token: str = field(default="", repr=False)
+    speed: float = 1.0
+    draining: bool = False
+
+
+class WorkerClient(Protocol):
+    """A connection to one worker's engine."""
+
+    @property
+    def load(self) -> EngineLoad:
+        """The engine's own last report."""
+
+    def submit(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        """Outputs up to the one with a finish reason. Closing the generator earlier aborts the sequence.
+
+        Raises
+        ------
+        PeerLost or OSError
+            The connection ended, also through `close`.
+        RequestRefused
+            The engine does not take the request.
+        """
+
+    async def close(self) -> None:
+        """End the connection; whatever runs on it raises."""
+
+
+Connect = Callable[[Member], Awaitable[WorkerClient]]
+MemberSource = Callable[[], AsyncIterator[Sequence[Member]]]
+
+
+class NoWorker(InternalError):
+    """No worker was connected for as long as a request may wait."""
+
+
+class StreamLost(InternalError):
+    """A running sequence lost its worker, and no other one took it over in time."""
