@@ -1,0 +1,47 @@
+"""The families there are, by the first entry of a checkpoint's ``architectures``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ...errors import OperatorError
+from . import deepseek_v3, mixtral, olmoe, qwen3_moe
+from .base import Family, ModelConfig
+from .reader import ConfigReader
+
+_MODULES = (mixtral, olmoe, qwen3_moe, deepseek_v3)
+SUPPORTED: Mapping[str, Family] = MappingProxyType({m.FAMILY.architecture: m.FAMILY for m in _MODULES})
+
+
+def load_config(checkpoint: str | Path) -> ModelConfig:
+    """Read ``config.json`` of the checkpoint folder.
+
+    Raises
+    ------
+    OperatorError
+        The file is missing or no JSON object, its architecture is not supported, or a field is missing or malformed.
+    """
+    return _read(ConfigReader.from_file(Path(checkpoint) / "config.json"))
+
+
+def read_config(data: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
+    """The same from a parsed object; errors begin with ``source``."""
+    return _read(ConfigReader(data, source))
+
+
+def _read(reader: ConfigReader) -> ModelConfig:
+    names = reader.get("architectures")
+    if not isinstance(names, list) or not names or names[0] not in SUPPORTED:
+        raise reader.fail("architectures", f"a list that begins with one of {', '.join(SUPPORTED)}")
+    return SUPPORTED[names[0]].read(reader)
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family that read ``config``."""
+    try:
+        return SUPPORTED[config.family]
+    except KeyError:
+        raise OperatorError(f"model family {config.family!r}: expected one of {', '.join(SUPPORTED)}") from None
