@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import OperatorError
@@ -15,7 +15,8 @@ from .loading import Piece, Progress, load_pieces
 from .pages.backend import PoolGeometry, runs
 from .pages.holds import PagesHeld
 from .pages.huge import HugePages
-from .pages.memfd import MemfdBackend, MemfdPool, MemfdRange
+from .pages.memfd import MemfdBackend, MemfdPool
+from .pages.ranges import MemfdRange
 from .pages.sharing import PoolServer, fetch_pool
 from .pages.store import TableStore, open_pool
 from .pages.table import Extent, ExtentRequest, PageTable, Purpose
@@ -196,6 +197,20 @@ class MemoryOwner:
             self._commit(table)
         return extent
 
+    def rename_all(self, names: Mapping[str, str]) -> None:
+        """Rename all of the extents or none, each from a key of ``names`` to its value; purposes stay.
+
+        Raises
+        ------
+        InternalError
+            A key is missing, or a new one exists.
+        """
+        with self._lock:
+            table = self._table.copy()
+            for key, new_key in names.items():
+                table.rename(key, new_key)
+            self._commit(table)
+
     def move_pages(self, key: str, pages: Sequence[int], to_key: str, purpose: Purpose) -> Extent:
         """See `PageTable.move_pages`; contents stay."""
         with self._lock:
@@ -259,9 +274,10 @@ class MemoryOwner:
             holds.close()
 
     def close(self) -> None:
-        """Stop serving and let go of the pool; it lives on while a worker holds it."""
+        """Stop serving and let go of the pool, which lives on while a worker holds it; no other call may follow."""
         self._server.close()
         self.pool.close()
+        del self._window, self._huge
 
     def _commit(self, table: PageTable) -> None:
         self._store.write(table)

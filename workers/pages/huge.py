@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .memfd import HUGE_BYTES, MemfdRange
+from .ranges import HUGE_BYTES, MemfdRange
 from .syscalls import collapse
 
 Run = tuple[int, int]

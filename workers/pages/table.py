@@ -147,7 +147,8 @@ class PageTable:
         new = Extent(new_key, self._check_purpose(purpose or old.purpose), old.pages)
         if "table" in (old.purpose, new.purpose) and old != new:
             raise InternalError(f"page table: extent {key!r}: the table's own pages keep key and purpose")
-        self._extents = {new_key if k == key else k: new if k == key else e for k, e in self._extents.items()}
+        del self._extents[key]
+        self._extents[new_key] = new
         return new
 
     def move_pages(self, key: str, pages: Sequence[int], to_key: str, purpose: Purpose) -> Extent:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ...errors import InternalError
-from .memfd import MemfdRange
+from .ranges import MemfdRange
 
 
 def view(
