@@ -96,8 +96,8 @@ def _mask_stop_ids(logits_RV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
 
 def _draw(logits_RV: Tensor, rows: Sequence[SampleRow]) -> list[int]:
     """Random tokens for rows with a temperature above 0 and finite logits."""
-    temperature_R = logits_RV.new_tensor([row.sampling.temperature for row in rows])
-    # Differences to the largest logit first: a tiny temperature then cannot overflow.
+    # Differences to the largest logit first, and a divisor that float32 can hold: tiny temperatures give no NaN.
+    temperature_R = logits_RV.new_tensor([max(row.sampling.temperature, 1e-37) for row in rows])
     probs_RV = ((logits_RV - logits_RV.amax(dim=1, keepdim=True)) / temperature_R[:, None]).softmax(dim=1)
     u_R = torch.tensor([uniform(r.seed, r.position) for r in rows], dtype=torch.float64, device=logits_RV.device)
     plain = [i for i, row in enumerate(rows) if row.sampling.top_k == 0 and row.sampling.top_p >= 1.0]
@@ -192,5 +192,6 @@ def _logprobs(raw_RV: Tensor, rows: Sequence[SampleRow], tokens: Sequence[int]) 
     wanted = [min(rows[i].sampling.logprobs or 0, raw_RV.shape[1]) for i in asked]
     best_AK, ids_AK = log_probs_AV.topk(max(wanted), dim=1)
     for i, logprob, count, best, ids in zip(asked, chosen, wanted, best_AK.tolist(), ids_AK.tolist(), strict=True):
-        answers[i] = TokenLogprob(logprob, tuple(zip(ids[:count], best[:count], strict=True)))
+        ranked = sorted(zip(ids, best, strict=True), key=lambda pair: (-pair[1], pair[0]))
+        answers[i] = TokenLogprob(logprob, tuple(ranked[:count]))
     return answers
