@@ -6,7 +6,7 @@ under study it is the restricted program for the whole layer. With x (replica), 
 
     minimise  P sum_d z[d] + sum_{e,d new} bytes[e] x[e,d]
     sum_d y[e,d] = tokens[e],   y[e,d] <= tokens[e] x[e,d]
-    sum_e y[e,d] + read[e,d] x[e,d] <= capacity[d] + z[d],   sum_e x[e,d] <= slots[d]
+    sum_e y[e,d] + read[e,d] x[e,d] <= capacity[d] + z[d],   sum_e width[e] x[e,d] <= slots[d]
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ class _Program:
         terms += [task.read_ED[e][d] * x for e, x in x_E.items() if task.read_ED[e][d]]
         model += pulp.lpSum(terms) <= room + self.z_D[d]
         if any((e, d) in self.x for e in free):
-            model += pulp.lpSum(x_E.values()) + len(fixed) <= task.slots_D[d]
+            taken = sum(task.width_E[e] for e in fixed)
+            model += pulp.lpSum(task.width_E[e] * x for e, x in x_E.items()) + taken <= task.slots_D[d]
             if task.budget_D is not None:
                 held = pulp.lpSum(task.bytes_E[e] * x for e, x in x_E.items())
                 model += held + sum(task.bytes_E[e] for e in fixed) <= task.budget_D[d]

@@ -43,6 +43,8 @@ class RefineOptions:
 def best_greedy(task: LayerTask, tries: int = len(_FLEXIBILITIES)) -> LayerSearch:
     """The best of several greedy searches; stops at the first that cannot be improved."""
     best = plan_greedy(task, _FLEXIBILITIES[0])
+    if all(task.kept_E) and task.min_nodes == 1:  # nothing had to be placed, so flexibility decided nothing
+        return best
     for flexibility in _FLEXIBILITIES[1:tries]:
         if finished(best):
             break

@@ -2,7 +2,7 @@
 
 Loads, capacities and reads are in tokens: a device's step time divided by its seconds per token. Where the target
 step time T gives device d the capacity ``T / seconds_per_token[d]``, an answer within all capacities has a step time
-of at most T (eq. 4 of ``planners/README.md``).
+of at most T (eq. 4 of ``planners/README.md``). An "expert" here may be a group of experts that stay together.
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
+from .fields import BoolArray
 from .routing import Routing
+from .units import LayerProblem
 
 Pair = tuple[int, int]  # (expert, device)
 
@@ -28,8 +32,10 @@ class LayerTask:
         Tokens a device could do in the time it reads the expert's weights.
     capacity_D : sequence of float
         Tokens each device can do in the target step time, before reads.
+    width_E : sequence of int
+        Slots that a replica takes.
     slots_D : sequence of int
-        Most replicas per device.
+        Slots of each device.
     kept_E : tuple of frozenset of int
         Devices that hold each expert now and may go on doing so.
     forbidden_E, pinned_E : tuples of frozenset of int
@@ -45,6 +51,7 @@ class LayerTask:
     bytes_E: Sequence[float]
     read_ED: Sequence[Sequence[float]]
     capacity_D: Sequence[float]
+    width_E: Sequence[int]
     slots_D: Sequence[int]
     kept_E: tuple[frozenset[int], ...]
     forbidden_E: tuple[frozenset[int], ...]
@@ -60,6 +67,27 @@ class LayerTask:
     @property
     def experts(self) -> int:
         return len(self.tokens_E)
+
+    @classmethod
+    def of(cls, layer: LayerProblem, time_s: float) -> LayerTask:
+        """The task of keeping ``layer`` (its mean loads) below a step time of ``time_s``."""
+        tokens_per_s_D = 1.0 / layer.token_s_D
+        per_slot_U = layer.bytes_U / layer.width_U
+        equal = bool((per_slot_U == per_slot_U[0]).all())
+        return cls(
+            tokens_E=layer.tokens_U.tolist(),
+            bytes_E=layer.bytes_U.tolist(),
+            read_ED=(layer.read_UD * tokens_per_s_D).tolist(),
+            capacity_D=((time_s - layer.base_D) * tokens_per_s_D).tolist(),
+            width_E=layer.width_U.tolist(),
+            slots_D=layer.slots_D.tolist(),
+            kept_E=_devices(layer.held_UD & layer.allowed_UD),
+            forbidden_E=_devices(~layer.allowed_UD),
+            pinned_E=_devices(layer.pinned_UD),
+            node_D=layer.node_D.tolist(),
+            min_nodes=layer.min_nodes,
+            budget_D=None if equal else layer.budget_D.tolist(),
+        )
 
     @cached_property
     def mean_capacity(self) -> float:
@@ -77,7 +105,7 @@ class LayerTask:
 
     def fits(self, state: Routing, device: int, more: Sequence[int] = ()) -> bool:
         """Whether the device's replicas, and ``more``, keep its slots and bytes."""
-        if state.count_D[device] + len(more) > self.slots_D[device]:
+        if sum(self.width_E[e] for e in (*state.held_D[device], *more)) > self.slots_D[device]:
             return False
         if self.budget_D is None:
             return True
@@ -119,6 +147,10 @@ class LayerTask:
                 total += self.bytes_E[e] * min(1.0, beyond / self.tokens_E[e])
                 beyond -= self.tokens_E[e]
         return total
+
+
+def _devices(mask_UD: BoolArray) -> tuple[frozenset[int], ...]:
+    return tuple(frozenset(np.flatnonzero(row).tolist()) for row in mask_UD)
 
 
 @dataclass(frozen=True, slots=True)

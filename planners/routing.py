@@ -28,8 +28,10 @@ class Routing:
         ``flow_E[e][d]``: tokens of expert e served on device d; its keys are e's replicas.
     load_D, capacity_D : list of float
         Tokens served, and the most that may be, per device; a capacity already excludes the replicas' reads.
-    count_D : list of int
-        Replicas per device.
+    held_D : list of frozenset
+        Experts with a replica on each device.
+    eps : float
+        Tokens below which a difference is rounding.
     """
 
     tokens_E: list[float]
@@ -37,7 +39,6 @@ class Routing:
     flow_E: list[dict[int, float]]
     load_D: list[float]
     capacity_D: list[float]
-    count_D: list[int]
     held_D: list[frozenset[int]]
     eps: float
 
@@ -50,7 +51,7 @@ class Routing:
         eps = _RELATIVE_EPS * max(sum(tokens_E), 1e-300)
         flow_E: list[dict[int, float]] = [{} for _ in tokens_E]
         held: list[frozenset[int]] = [frozenset()] * devices
-        return cls(list(tokens_E), read_ED, flow_E, [0.0] * devices, list(capacity_D), [0] * devices, held, eps)
+        return cls(list(tokens_E), read_ED, flow_E, [0.0] * devices, list(capacity_D), held, eps)
 
     def copy(self) -> Routing:
         return Routing(
@@ -59,7 +60,6 @@ class Routing:
             list(self.flow_E),
             list(self.load_D),
             list(self.capacity_D),
-            list(self.count_D),
             list(self.held_D),
             self.eps,
         )
@@ -71,7 +71,6 @@ class Routing:
         self.load_D[device] += flow[device]
         self.flow_E[expert] = flow
         self.capacity_D[device] -= self.read_ED[expert][device]
-        self.count_D[device] += 1
         self.held_D[device] |= {expert}
 
     def remove(self, expert: int, device: int) -> None:
@@ -80,7 +79,6 @@ class Routing:
         tokens = flow.pop(device)
         self.load_D[device] -= tokens
         self.capacity_D[device] += self.read_ED[expert][device]
-        self.count_D[device] -= 1
         self.held_D[device] -= {expert}
         if flow:
             to = max(flow, key=lambda d: (self.slack(d), -d))

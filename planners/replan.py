@@ -1,0 +1,226 @@
+"""When devices come, go or slow down, or loads drift: the placement that is balanced again with few new replicas.
+
+A layer is balanced to ``b`` when its slowest device takes at most 1/b of the time that no placement can beat
+(eq. 11 to 13 of ``planners/README.md``, for the loads averaged over scenarios and regimes). Every layer is planned
+greedily, which takes tens of milliseconds; what time is left goes to small integer programs, first for layers that
+missed the balance, then for those that copy more than the proved least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .assignment import match_slots
+from .bounds import case_bound
+from .fields import FloatArray, fail, finite
+from .layout import Layout, device_time_D, flow_of
+from .placement import Placement, Replica
+from .problem import PlacementProblem
+from .replan_greedy import LayerSearch
+from .replan_refine import RefineOptions, best_greedy, finished, refine
+from .replan_task import LayerTask
+from .solution import Infeasible, Lack, Progress, StoppingRule
+from .units import LayerProblem, layer_problems
+
+_LEAST_SHARE = 1e-6
+"""Share of a replica that serves no token at the mean loads: it stays for other batches."""
+
+
+@dataclass(frozen=True)
+class ReplanRules:
+    """What to reach, and how long to try.
+
+    Parameters
+    ----------
+    balance : float
+        In (0, 1]: least part of the best possible speed that every layer shall reach.
+    refine : RefineOptions
+        Small integer programs per layer.
+    seed : int
+        Choices of the devices they look at; the same seed gives the same plan.
+    stop : StoppingRule
+        Its clock and time limit end the refinement; the greedy pass always completes.
+    """
+
+    balance: float = 0.98
+    refine: RefineOptions = field(default_factory=RefineOptions)
+    seed: int = 0
+    stop: StoppingRule = field(default_factory=lambda: StoppingRule(time_limit_s=30.0))
+
+    def __post_init__(self) -> None:
+        finite("replan: balance", self.balance, 0.0, 1.0)
+        if self.balance == 0:
+            fail("replan: balance", self.balance, "above 0")
+
+
+@dataclass(frozen=True, eq=False)
+class Replan:
+    """A placement near the current one.
+
+    Parameters
+    ----------
+    placement : Placement
+    new_replicas_L : tuple of int
+        Replicas to copy, per layer.
+    moved_bytes, least_bytes : float
+        Bytes to copy; no placement with the balance asked for copies less than ``least_bytes``.
+    time_L, bound_L : ndarray
+        Slowest device per layer at the mean loads, and the time no placement can beat; seconds.
+    missed : tuple of int
+        Layers below the balance asked for.
+    reason : str
+    """
+
+    placement: Placement
+    new_replicas_L: tuple[int, ...]
+    moved_bytes: float
+    least_bytes: float
+    time_L: FloatArray
+    bound_L: FloatArray
+    missed: tuple[int, ...]
+    reason: str
+
+    @property
+    def balance_L(self) -> FloatArray:
+        """bound / time, per layer."""
+        balance: FloatArray = self.bound_L / self.time_L
+        return balance
+
+
+@dataclass(slots=True)
+class _Work:
+    """One layer on its way."""
+
+    layer: LayerProblem
+    bound_s: float
+    search: LayerSearch
+
+    @property
+    def reached(self) -> bool:
+        return not self.search.unplaced and self.search.excess <= 0
+
+
+def replan(
+    problem: PlacementProblem, rules: ReplanRules | None = None, progress: Callable[[Progress], None] | None = None
+) -> Replan | Infeasible:
+    """The placement within ``rules.balance`` of the best possible that copies few bytes from ``problem.current``.
+
+    Tokens of replicas that stay are split afresh, which costs nothing; replicas are dropped freely where their slot
+    is needed. Layers that cannot reach the balance come as near as the search finds, and are named in `Replan.missed`.
+
+    Raises
+    ------
+    OperatorError
+        ``problem.current`` is missing.
+    """
+    if problem.current is None:
+        fail("replan: problem.current", None, "the current placement")
+    rules = rules or ReplanRules()
+    start_s = rules.stop.now()
+    works = []
+    for layer in layer_problems(problem):
+        bound_s = case_bound(layer, layer.tokens_U, layer.base_D)
+        works.append(_Work(layer, bound_s, best_greedy(LayerTask.of(layer, bound_s / rules.balance))))
+        if progress:
+            done = [w.bound_s for w in works]
+            elapsed_s = rules.stop.now() - start_s
+            progress(Progress(len(works), problem.layers, sum(done) / rules.balance, sum(done), elapsed_s))
+    lacks = tuple(_lack(w, e) for w in works for e in w.search.unplaced)
+    if lacks:
+        return Infeasible(lacks, proven=False)
+    reason = _refine_all(works, rules, start_s)
+    return _answer(problem, works, reason)
+
+
+def _lack(work: _Work, unit: int) -> Lack:
+    layer = work.layer
+    free = int(layer.slots_D.sum()) - sum(len(flow) for flow in work.search.state.flow_E)
+    return Lack(
+        f"layer {layer.layer}: room for experts {layer.members[unit]}",
+        float(layer.width_U[unit]),
+        max(0, free),
+        "slots",
+    )
+
+
+def _refine_all(works: list[_Work], rules: ReplanRules, start_s: float) -> str:
+    """Small programs, worst layers first; returns why it ended."""
+
+    def in_time() -> bool:
+        return rules.stop.now() - start_s < rules.stop.time_limit_s
+
+    for work in sorted(works, key=_urgency):
+        if not finished(work.search) and in_time():
+            work.search = refine(work.search, rules.refine, rules.seed + work.layer.layer, in_time)
+    if all(finished(w.search) for w in works):
+        return "balanced with the fewest bytes possible"
+    if not in_time():
+        return "time limit"
+    if all(w.reached for w in works):
+        return "balanced; fewer bytes not found"
+    return "balance not found in some layers"
+
+
+def _urgency(work: _Work) -> tuple[bool, float]:
+    """Layers that missed the balance first, then those farthest above the least bytes."""
+    task = work.search.task
+    return work.reached, task.least_bytes() - task.new_bytes(work.search.state)
+
+
+def _answer(problem: PlacementProblem, works: list[_Work], reason: str) -> Replan:
+    layouts = [_settled(w.layer, w.search) for w in works]
+    assert problem.current is not None
+    placement = match_slots(problem.current, _placement(problem, works, layouts))
+    time_L = np.array([device_time_D(w.layer, layout).max() for w, layout in zip(works, layouts, strict=True)])
+    return Replan(
+        placement,
+        tuple(len(w.search.task.new_replicas(w.search.state)) for w in works),
+        sum(w.search.task.new_bytes(w.search.state) for w in works),
+        sum(w.search.task.least_bytes() for w in works),
+        time_L,
+        np.array([w.bound_s for w in works]),
+        tuple(w.layer.layer for w in works if not w.reached),
+        reason,
+    )
+
+
+def _settled(layer: LayerProblem, search: LayerSearch) -> Layout:
+    """The search's replicas with tokens split so that the slowest device is as fast as they allow (eq. 6)."""
+    pairs = [(e, d) for e, flow in enumerate(search.state.flow_E) for d in sorted(flow)]
+    unit_R = np.array([e for e, _ in pairs], dtype=np.int64)
+    device_R = np.array([d for _, d in pairs], dtype=np.int64)
+    tokens_R = np.array([search.state.flow_E[e][d] for e, d in pairs])
+    found = Layout(unit_R, device_R, tokens_R)
+    flow = flow_of(layer, unit_R, device_R, layer.tokens_U, layer.base_D)
+    flow.settle(range(layer.devices), tolerance_s=1e-7 * float(device_time_D(layer, found).max()), most=100_000)
+    return Layout(unit_R, device_R, np.array(flow.amount))
+
+
+def _placement(problem: PlacementProblem, works: list[_Work], layouts: list[Layout]) -> Placement:
+    layers = []
+    for work, layout in zip(works, layouts, strict=True):
+        replicas_E: list[list[Replica]] = [[] for _ in range(problem.experts)]
+        slots = [0] * problem.devices
+        shares_R = _shares(work.layer, layout)
+        for u, d, share in zip(layout.unit_R.tolist(), layout.device_R.tolist(), shares_R.tolist(), strict=True):
+            for e in work.layer.members[u]:
+                replicas_E[e].append(Replica(d, slots[d], share))
+                slots[d] += 1
+        layers.append(tuple(tuple(r) for r in replicas_E))
+    return Placement(problem.cluster.names, tuple(layers))
+
+
+def _shares(layer: LayerProblem, layout: Layout) -> FloatArray:
+    """Shares of every replica, above 0 and summing to 1 per unit."""
+    count_U = np.bincount(layout.unit_R, minlength=layer.units)
+    total_U = layer.tokens_U
+    idle_R = total_U[layout.unit_R] <= 0
+    raw_R = np.where(
+        idle_R, 1.0 / count_U[layout.unit_R], layout.tokens_R / np.where(idle_R, 1.0, total_U[layout.unit_R])
+    )
+    raw_R = np.maximum(raw_R, _LEAST_SHARE)
+    shares: FloatArray = raw_R / np.bincount(layout.unit_R, weights=raw_R, minlength=layer.units)[layout.unit_R]
+    return np.where(count_U[layout.unit_R] == 1, 1.0, shares)
