@@ -1,0 +1,106 @@
+"""The engine on the real decoder, KV cache and exchanges instead of the fakes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from concertina.workers.engine.core import EngineConfig
+from concertina.workers.engine.engine import Engine
+from concertina.workers.engine.scheduler import SchedulerConfig
+from concertina.workers.exchange.solo import SoloExchange
+from concertina.workers.model.kv import KVCache
+
+from ..checkpoints import VOCAB, make_checkpoint
+from ..exchange.crew import Region
+from ..model.loaded import Loaded
+from .fakes import Collected, FakeDecoder, FakeKV, config, drain, expected_greedy, request
+
+LENGTHS = (1, 2, 15, 16, 17, 40)
+
+
+@pytest.fixture(scope="module", params=["olmoe", "deepseek_v3"])
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
+    path: Path = make_checkpoint(request.param, tmp_path_factory.mktemp("engine"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Loaded.open(path, "float32")
+    torch.set_num_threads(threads)
+
+
+def engine_on(loaded: Loaded, blocks: int, *, caching: bool, chunked: bool) -> Engine:
+    kv = KVCache.allocate(loaded.files.config, "float32", blocks, 4)
+    scheduler = SchedulerConfig(64, max_batched_tokens=24, chunked_prefill=chunked)
+    return Engine(loaded.decoder, kv, SoloExchange(), EngineConfig(scheduler, VOCAB, (), caching))
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("blocks", [200, 30])
+def test_greedy_tokens_are_those_of_each_request_alone(
+    loaded: Loaded, blocks: int, chunked: bool, caching: bool
+) -> None:
+    prompts = [[(5 * i + 3 * n) % 256 for i in range(n)] for n in LENGTHS]
+    engine = engine_on(loaded, blocks, caching=caching, chunked=chunked)
+    for again in "ab":
+        for prompt in prompts:
+            engine.submit(request(f"{again}{len(prompt)}", prompt, max_tokens=12))
+    collected = drain(engine, Collected())
+    for prompt in prompts:
+        alone = loaded.greedy(prompt, 12)
+        assert collected.tokens[f"a{len(prompt)}"] == collected.tokens[f"b{len(prompt)}"] == alone
+    assert (engine.stats.preemptions > 0) == (blocks == 30)
+    if caching:
+        engine.submit(request("hit", prompts[-1], max_tokens=12))
+        hit = drain(engine, Collected())
+        assert hit.ends["hit"].cached_tokens == 36
+        assert hit.tokens["hit"] == loaded.greedy(prompts[-1], 12)
+
+
+@pytest.mark.parametrize("temperature", [0.8, 3.0])
+def test_seeded_tokens_do_not_depend_on_the_batch(loaded: Loaded, temperature: float) -> None:
+    def tokens(blocks: int, others: int) -> list[int]:
+        engine = engine_on(loaded, blocks, caching=True, chunked=True)
+        for i in range(others):
+            engine.submit(request(f"o{i}", [i, 9, 9], max_tokens=20, temperature=1.0))
+        engine.submit(request("x", [7, 8, 9], max_tokens=20, temperature=temperature, top_p=0.9, seed=11))
+        return drain(engine, Collected()).tokens["x"]
+
+    assert tokens(100, 0) == tokens(100, 5) == tokens(9, 5)
+
+
+def test_lock_step_over_shared_memory() -> None:
+    region = Region(2, 4096)
+    exchanges = [region.member(rank) for rank in range(2)]
+    engines = [Engine(FakeDecoder(), FakeKV(60), exchange, config(idle_wait_s=5.0)) for exchange in exchanges]
+    collected = [Collected(), Collected()]
+    ends: list[str] = []
+    threads = [
+        threading.Thread(target=lambda e=e, c=c: ends.append(e.run(c.emit)))  # type: ignore[misc]
+        for e, c in zip(engines, collected, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        for i in range(6):  # each finds everybody asleep, or not
+            rank = i % 2
+            engines[rank].submit(request(str(i), [i, 2, 3], max_tokens=4))
+            if i > 2:
+                collected[rank].wait_for(lambda rank=rank, i=i: str(i) in collected[rank].ends)
+        for i in range(6):
+            collected[i % 2].wait_for(lambda i=i: str(i) in collected[i % 2].ends)
+            assert collected[i % 2].tokens[str(i)] == expected_greedy([i, 2, 3], 4)
+        engines[1].stop()
+        for thread in threads:
+            thread.join(20)
+        assert ends == ["stopped", "stopped"]
+        assert engines[0].stats.steps == engines[1].stats.steps
+    finally:
+        for exchange in exchanges:
+            exchange.close()
+        for thread in threads:
+            thread.join(20)
+        region.close()
