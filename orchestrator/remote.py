@@ -1,0 +1,92 @@
+"""Reaching a Ray cluster and a deployment in it from a command or a script. Imports Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import ray
+
+from ..errors import OperatorError
+from .config import NAMESPACE
+from .status import DeploymentStatus
+
+LOCAL = "local"
+_LOG_LEVEL = logging.ERROR
+_CONTROLLER = "controller/"
+
+
+def controller_name(deployment: str) -> str:
+    """Name of a deployment's controller actor in Ray."""
+    return _CONTROLLER + deployment
+
+
+def connect_to(address: str | None) -> None:
+    """Join a running cluster.
+
+    Raises
+    ------
+    OperatorError
+        No cluster answers there.
+    """
+    where = address or os.environ.get("RAY_ADDRESS") or "auto"
+    try:
+        ray.init(where, namespace=NAMESPACE, log_to_driver=False, logging_level=_LOG_LEVEL)
+    except (ConnectionError, ValueError, RuntimeError) as e:
+        raise OperatorError(
+            f"address: no Ray cluster answers at {where!r} ({e}); start one with concertina serve or ray start --head"
+        ) from e
+
+
+def join_or_start(address: str | None, workers: int, verbose: bool) -> bool:
+    """Join the cluster that runs here, or start an embedded one; True if it was started.
+
+    ``address`` ``"local"`` always starts one; any other value must answer.
+    """
+    if address != LOCAL:
+        if address or os.environ.get("RAY_ADDRESS"):
+            connect_to(address)
+            return False
+        try:
+            ray.init("auto", namespace=NAMESPACE, log_to_driver=verbose, logging_level=_LOG_LEVEL)
+            return False
+        except ConnectionError:
+            logging.getLogger(__name__).info("no Ray cluster runs here: starting an embedded one")
+    ray.init(
+        LOCAL,
+        namespace=NAMESPACE,
+        num_cpus=max(workers, os.cpu_count() or 1),
+        include_dashboard=False,
+        object_store_memory=100 << 20,
+        log_to_driver=verbose,
+        logging_level=_LOG_LEVEL,
+    )
+    return True
+
+
+def find_controller(deployment: str) -> Any:
+    """Handle of a running deployment's controller.
+
+    Raises
+    ------
+    OperatorError
+        No deployment of that name runs in this cluster.
+    """
+    try:
+        return ray.get_actor(controller_name(deployment), namespace=NAMESPACE)
+    except ValueError:
+        running = [name.removeprefix(_CONTROLLER) for name in _controllers()]
+        there = f"running here: {', '.join(running)}" if running else "none runs in this cluster"
+        raise OperatorError(f"name: no deployment called {deployment!r}; {there}") from None
+
+
+def _controllers() -> list[str]:
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return [a["name"] for a in actors if a["namespace"] == NAMESPACE and a["name"].startswith(_CONTROLLER)]
+
+
+def deployment_status(deployment: str) -> DeploymentStatus:
+    """A picture of a running deployment."""
+    status: DeploymentStatus = ray.get(find_controller(deployment).status.remote())
+    return status

@@ -1,0 +1,89 @@
+"""A generation: one complete running configuration, and what a single worker must know to join it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..planners.placement import Placement
+from .families.base import ModelConfig
+
+ExchangeKind = Literal["solo", "shared", "gloo", "nccl"]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolExtents:
+    """A pool and the pages in it that a worker maps, by extent key.
+
+    ``name`` is the pool's; ``address`` and ``token`` lead to the memory owner that hands out its descriptor.
+    """
+
+    name: str
+    address: str
+    token: str
+    pages: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeSpec:
+    """How the members of a generation reach each other.
+
+    ``shared`` uses the node pool's extent ``exchange_key``, with mailboxes of ``capacity_bytes``; ``gloo`` and
+    ``nccl`` meet at the store. A peer that does not answer for ``timeout_s`` seconds counts as hung.
+    """
+
+    kind: ExchangeKind
+    timeout_s: float = 60.0
+    capacity_bytes: int = 0
+    store_host: str = ""
+    store_port: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """The part of the configuration that all members share. Rank ``r`` runs on ``placement.devices[r]``."""
+
+    id: int
+    model: ModelConfig
+    dtype: str
+    placement: Placement
+    exchange: ExchangeSpec
+    page_bytes: int
+    block_tokens: int
+
+    @property
+    def exchange_key(self) -> str:
+        return f"exchange/{self.id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A worker's role in a generation: its rank, and the pages of its device and of its node that it maps.
+
+    The two pools are one where the devices of a node share its memory.
+    """
+
+    generation: Generation
+    rank: int
+    device: PoolExtents
+    node: PoolExtents
+
+
+def expert_key(layer: int, expert: int) -> str:
+    """Extent key of one expert; layers count MoE layers only."""
+    return f"expert/{layer}/{expert}"
+
+
+def parse_expert_key(key: str) -> tuple[int, int]:
+    """(MoE layer, expert) of what `expert_key` made."""
+    _, layer, expert = key.split("/")
+    return int(layer), int(expert)
+
+
+def kv_key(device: str) -> str:
+    """Extent key of a device's KV cache."""
+    return f"kv/{device}"
+
+
+TRUNK_KEY = "trunk"

@@ -1,0 +1,150 @@
+"""A worker's part of a generation: pages mapped, model built over them, exchange joined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import InternalError
+from ..kernels.moe import select_moe_kernel
+from .exchange.base import Exchange
+from .exchange.liveness import MemberLocks
+from .exchange.parallel import LocalKernel, ParallelExperts
+from .exchange.shared import SharedMemoryExchange
+from .exchange.solo import SoloExchange
+from .families.layout import expert_layout
+from .generation import TRUNK_KEY, Assignment, PoolExtents, expert_key, kv_key
+from .model.decoder import Decoder
+from .model.kv import KVCache
+from .model.views import DTYPES, expert_views, trunk_views
+from .pages.memfd import MemfdPool, map_pages
+from .pages.sharing import fetch_pool
+from .pages.views import view
+
+# Members' locks lie far behind the pages, whose bytes carry the locks of those who map them.
+_LOCKS_BASE = 1 << 60
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one worker runs of a generation. Everything stays mapped as long as this object lives."""
+
+    assignment: Assignment
+    decoder: Decoder
+    kv: KVCache
+    exchange: Exchange
+    experts: ParallelExperts
+
+    @property
+    def generation(self) -> int:
+        return self.assignment.generation.id
+
+    def close(self) -> None:
+        """Leave the exchange; pages are let go with the last view of them."""
+        self.exchange.close()
+
+
+def join(assignment: Assignment) -> Part:
+    """Map pages and join the exchange, while another generation may be running in this process.
+
+    Raises
+    ------
+    InternalError, OperatorError
+        A pool cannot be reached, or the exchange cannot be joined.
+    """
+    generation = assignment.generation
+    node = _pool(assignment.node)
+    device = node if assignment.device.address == assignment.node.address else _pool(assignment.device)
+    exchange = _exchange(assignment, node)
+    experts = ParallelExperts(exchange, generation.placement, _local_kernel(assignment, device))
+    trunk_u8 = _bytes(node, assignment.node.pages[TRUNK_KEY], writable=False)
+    trunk = trunk_views(trunk_u8, generation.model, generation.dtype)
+    decoder = Decoder(generation.model, trunk, experts)
+    return Part(assignment, decoder, _kv(assignment, device), exchange, experts)
+
+
+def _pool(extents: PoolExtents) -> MemfdPool:
+    return fetch_pool(extents.address, extents.token)
+
+
+def _bytes(pool: MemfdPool, pages: tuple[int, ...], *, writable: bool) -> Tensor:
+    """Pages as one uint8 tensor, which keeps them mapped."""
+    mapped = map_pages(pool, pages, writable=writable)
+    return view(mapped, torch.uint8, (mapped.nbytes,))
+
+
+def _local_kernel(assignment: Assignment, pool: MemfdPool) -> LocalKernel:
+    """The MoE kernel over this worker's physical experts, each a view of its pages."""
+    generation, rank = assignment.generation, assignment.rank
+    model, dtype = generation.model, generation.dtype
+    nbytes = expert_layout(model, dtype).nbytes
+    layers: list[tuple[list[Tensor], list[Tensor]]] = []
+    for layer, experts_D in enumerate(generation.placement.experts_LD):
+        keys = [expert_key(layer, expert) for expert in experts_D[rank]]
+        extents = [assignment.device.pages[key] for key in keys]
+        flat = _bytes(pool, tuple(p for pages in extents for p in pages), writable=False) if keys else None
+        w13, w2 = [], []
+        start = 0
+        for pages in extents:
+            assert flat is not None
+            gate_up, down = expert_views(flat[start : start + nbytes], model, dtype)
+            w13.append(gate_up)
+            w2.append(down)
+            start += len(pages) * generation.page_bytes
+        layers.append((w13, w2))
+    kernel = select_moe_kernel("cpu", DTYPES[dtype])
+
+    def run(layer: int, x_NH: Tensor, slots_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        w13, w2 = layers[layer]
+        return kernel(x_NH, slots_NK.long(), weights_NK, w13, w2)
+
+    return run
+
+
+def _kv(assignment: Assignment, pool: MemfdPool) -> KVCache:
+    generation = assignment.generation
+    pages = assignment.device.pages[kv_key(generation.placement.devices[assignment.rank])]
+    needed = KVCache.block_bytes(generation.model, generation.dtype, generation.block_tokens)
+    per_block = -(-needed // generation.page_bytes)
+    blocks = len(pages) // per_block
+    buffer = _bytes(pool, pages, writable=True)
+    return KVCache(
+        generation.model, generation.dtype, buffer, blocks, generation.block_tokens, per_block * generation.page_bytes
+    )
+
+
+def _exchange(assignment: Assignment, node: MemfdPool) -> Exchange:
+    kinds: dict[str, Callable[[Assignment, MemfdPool], Exchange]] = {
+        "solo": lambda a, pool: SoloExchange(),
+        "shared": _shared_exchange,
+        "gloo": _group_exchange,
+        "nccl": _group_exchange,
+    }
+    kind = assignment.generation.exchange.kind
+    if kind not in kinds:
+        raise InternalError(f"exchange: kind: expected one of {', '.join(kinds)}, got {kind!r}")
+    return kinds[kind](assignment, node)
+
+
+def _shared_exchange(assignment: Assignment, node: MemfdPool) -> Exchange:
+    generation = assignment.generation
+    spec, pages = generation.exchange, assignment.node.pages[generation.exchange_key]
+    region = _bytes(node, pages, writable=True)
+    locks = MemberLocks(node.fd, _LOCKS_BASE + pages[0] * generation.page_bytes)
+    size = len(generation.placement.devices)
+    return SharedMemoryExchange(region, assignment.rank, size, spec.capacity_bytes, spec.timeout_s, locks)
+
+
+def _group_exchange(assignment: Assignment, node: MemfdPool) -> Exchange:
+    from .exchange.group import GroupExchange, Rendezvous
+
+    generation = assignment.generation
+    spec = generation.exchange
+    rendezvous = Rendezvous(spec.store_host, spec.store_port, f"generation-{generation.id}")
+    size = len(generation.placement.devices)
+    backend: Literal["gloo", "nccl"] = "nccl" if spec.kind == "nccl" else "gloo"
+    return GroupExchange(rendezvous, assignment.rank, size, spec.timeout_s, backend)
