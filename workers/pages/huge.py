@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from .ranges import HUGE_BYTES, MemfdRange
 from .syscalls import collapse
@@ -17,10 +17,13 @@ class HugePages:
     ----------
     window : MemfdRange
         Maps the whole pool from page 0.
+    collapse : callable
+        Backs (address, bytes) by a huge page, or returns False.
     """
 
-    def __init__(self, window: MemfdRange) -> None:
+    def __init__(self, window: MemfdRange, collapse: Callable[[int, int], bool] = collapse) -> None:
         self._window = window
+        self._kernel_collapse = collapse
         self._huge: set[int] = set()
 
     @property
@@ -47,7 +50,7 @@ class HugePages:
     def _collapse(self, region: int) -> bool:
         offset = region * HUGE_BYTES
         self._window.memory(offset, 1).tobytes()  # a region without any page is refused (EINVAL); reading makes one
-        return collapse(self._window.address + offset, HUGE_BYTES)
+        return self._kernel_collapse(self._window.address + offset, HUGE_BYTES)
 
     def _touched(self, runs: Iterable[Run]) -> set[int]:
         size = self._window.page_bytes

@@ -7,9 +7,10 @@ import fcntl
 import os
 import weakref
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ...errors import InternalError, OperatorError
-from .backend import PoolGeometry, runs
+from .backend import PageBackend, PageRange, PoolGeometry, runs
 from .holds import Holds, PagesHeld
 from .ranges import MemfdRange
 from .syscalls import punch_hole
@@ -143,3 +144,8 @@ def map_pages(pool: MemfdPool, pages: Sequence[int], *, writable: bool = True) -
     mapped = MemfdRange(len(pages), pool.geometry.page_bytes, pages[0] if pages else 0)
     mapped.map(0, pool, pages, writable=writable)
     return mapped
+
+
+if TYPE_CHECKING:  # the type checker proves that this backend keeps to the interface
+    _backend: PageBackend[MemfdPool, MemfdRange] = MemfdBackend()
+    _range: type[PageRange[MemfdPool]] = MemfdRange

@@ -7,6 +7,7 @@ a JSON line with the pool's geometry, and its descriptors beside it.
 
 from __future__ import annotations
 
+import array
 import hmac
 import json
 import logging
@@ -24,7 +25,7 @@ from .memfd import MemfdBackend, MemfdPool
 _log = logging.getLogger(__name__)
 _LINE_BYTES = 4096
 _HELLO_TIMEOUT_S = 5.0
-_MAX_DESCRIPTORS = 64
+_ANCILLARY_BYTES = socket.CMSG_SPACE(64 * array.array("i").itemsize)
 
 
 class _Server(socketserver.ThreadingUnixStreamServer):
@@ -138,9 +139,8 @@ def _read_line(connection: socket.socket) -> tuple[bytes, list[int]]:
     line, descriptors = b"", list[int]()
     try:
         while not line.endswith(b"\n") and len(line) < _LINE_BYTES:
-            flags = socket.MSG_CMSG_CLOEXEC
-            data, more, _, _ = socket.recv_fds(connection, _LINE_BYTES, _MAX_DESCRIPTORS, flags)
-            descriptors += more
+            data, messages, _, _ = connection.recvmsg(_LINE_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+            descriptors += _descriptors(messages)
             if not data:
                 break
             line += data
@@ -148,6 +148,15 @@ def _read_line(connection: socket.socket) -> tuple[bytes, list[int]]:
         _close_all(descriptors)
         raise
     return line, descriptors
+
+
+def _descriptors(messages: list[tuple[int, int, bytes]]) -> list[int]:
+    """Descriptors in ancillary data; `socket.recv_fds` cannot make them close on exec (it drops its flags)."""
+    found = array.array("i")
+    for level, kind, data in messages:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            found.frombytes(data[: len(data) - len(data) % found.itemsize])
+    return list(found)
 
 
 def _close_all(descriptors: list[int]) -> None:

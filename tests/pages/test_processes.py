@@ -1,0 +1,177 @@
+"""Pages among processes that are really separate, and killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from concertina.workers.owner import MemoryOwner, OwnerConfig
+from concertina.workers.pages.sharing import fetch_pool
+
+PAGE = 4096
+CHILD = str(Path(__file__).with_name("child.py"))
+pytestmark = pytest.mark.ray
+
+
+class Child:
+    """A `child.py`; `kill` is SIGKILL."""
+
+    def __init__(self, *arguments: str, prefix: tuple[str, ...] = ()) -> None:
+        command = [*prefix, sys.executable, CHILD, *arguments]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.answer()
+
+    def line(self) -> str:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        assert line, f"child ended: {self.process.wait()}"
+        return line
+
+    def answer(self) -> Any:
+        answer = json.loads(self.line())
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["value"]
+
+    def send(self, *call: Any) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(call) + "\n")
+        self.process.stdin.flush()
+
+    def call(self, *call: Any) -> Any:
+        self.send(*call)
+        return self.answer()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe:
+                pipe.close()
+
+
+Start = Callable[..., Child]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    children: list[Child] = []
+
+    def begin(*arguments: str, prefix: tuple[str, ...] = ()) -> Child:
+        children.append(Child(*arguments, prefix=prefix))
+        return children[-1]
+
+    yield begin
+    for child in children:
+        child.kill()
+
+
+@pytest.fixture
+def config() -> dict[str, Any]:
+    return {"name": f"processes-{os.getpid()}", "pages": 64, "page_bytes": PAGE, "token": "secret"}
+
+
+def address(config: dict[str, Any]) -> str:
+    return f"@concertina/{config['name']}"
+
+
+def hold(start: Start, config: dict[str, Any], pages: list[int]) -> Child:
+    holder = start("holder")
+    holder.call("map", address(config), "secret", pages)
+    return holder
+
+
+def test_an_owner_imports_neither_torch_nor_ray(start: Start, config: dict[str, Any]) -> None:
+    """P7."""
+    assert start("owner", json.dumps(config)).call("modules") == []
+
+
+def test_two_holders_share_the_owners_pages(start: Start, config: dict[str, Any]) -> None:
+    owner = start("owner", json.dumps(config))
+    owner.call("allocate", "kv/0", "kv", 1)
+    pages = owner.call("allocate", "trunk", "trunk", 3)["pages"]
+    first = hold(start, config, pages)
+    second = hold(start, config, pages[::-1])
+    first.call("write", 2 * PAGE + 10, b"shared".hex())
+    assert bytes.fromhex(second.call("read", 10, 6)) == b"shared"
+    assert second.call("read", PAGE, 2 * PAGE) == bytes(2 * PAGE).hex()
+
+
+def test_a_killed_holder_lets_go(start: Start, config: dict[str, Any]) -> None:
+    """P5: pages are held exactly while their holder lives."""
+    owner = start("owner", json.dumps(config))
+    holder = hold(start, config, owner.call("allocate", "trunk", "trunk", 3)["pages"])
+    with pytest.raises(RuntimeError, match=r"PagesHeld: .*trunk"):
+        owner.call("free", "trunk")
+    holder.kill()
+    owner.call("free", "trunk")
+    assert owner.call("usage")["trunk"] == 0
+
+
+def test_pages_outlive_a_killed_owner_and_are_adopted_with_table_and_data(start: Start, config: dict[str, Any]) -> None:
+    """P4, P5: also the new owner knows what is mapped, though nobody told it."""
+    owner = start("owner", json.dumps(config))
+    for n in range(3):
+        owner.call("allocate", f"expert/0/{n}", "experts", 2 + n)
+    extents = owner.call("extents")
+    holder = hold(start, config, owner.call("extent", "expert/0/1")["pages"])
+    holder.call("write", PAGE, b"survives".hex())
+    holder.call("serve", address(config) + "/holder", "secret")
+    owner.kill()
+    assert bytes.fromhex(holder.call("read", PAGE, 8)) == b"survives"
+
+    adopted = start("owner", json.dumps(config), address(config) + "/holder")
+    assert adopted.call("extents") == extents
+    with pytest.raises(RuntimeError, match=r"PagesHeld: .*expert/0/1"):
+        adopted.call("free", "expert/0/0", "expert/0/1")
+    other = hold(start, config, adopted.call("extent", "expert/0/1")["pages"])
+    assert bytes.fromhex(other.call("read", PAGE, 8)) == b"survives"
+    other.call("write", PAGE, b"and more".hex())
+    assert bytes.fromhex(holder.call("read", PAGE, 8)) == b"and more"
+    for child in (holder, other):
+        child.call("unmap")
+    adopted.call("free", "expert/0/0", "expert/0/1")
+    assert adopted.call("usage")["experts"] == 4
+
+
+def test_an_owner_killed_at_any_moment_leaves_a_sound_pool(start: Start, config: dict[str, Any]) -> None:
+    """P1, P2, P4."""
+    for round_number in range(6):
+        owner = start("owner", json.dumps(config))
+        pool = fetch_pool(address(config), "secret")
+        owner.send("churn")
+        for _ in range(9 + 7 * round_number):
+            owner.line()
+        owner.kill()
+        adopted = MemoryOwner.adopt(OwnerConfig(**config), pool.fd)
+        pages = [page for extent in adopted.extents() for page in extent.pages]
+        usage = adopted.usage()
+        assert len(set(pages)) == len(pages) == config["pages"] - usage["free"]
+        keys = sorted(int(e.key.split("/")[1]) for e in adopted.extents("kv/"))
+        assert 8 <= len(keys) <= 9
+        assert keys == list(range(keys[0], keys[0] + len(keys)))
+        fresh = adopted.allocate("exchange/gen1", "exchange", usage["free"])
+        assert not any(any(os.pread(pool.fd, PAGE, page * PAGE)) for page in fresh.pages)
+        adopted.close()
+        pool.close()
+
+
+def test_pages_are_shared_across_pid_namespaces(start: Start, config: dict[str, Any]) -> None:
+    apart = ("unshare", "--pid", "--fork", "--kill-child")
+    if subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not make PID namespaces")
+    owner = start("owner", json.dumps(config))
+    pages = owner.call("allocate", "trunk", "trunk", 2)["pages"]
+    holder = start("holder", prefix=apart)
+    holder.call("map", address(config), "secret", pages)
+    holder.call("write", 5, b"apart".hex())
+    with pytest.raises(RuntimeError, match="PagesHeld"):
+        owner.call("free", "trunk")
+    near = hold(start, config, pages)
+    assert bytes.fromhex(near.call("read", 5, 5)) == b"apart"
