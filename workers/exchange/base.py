@@ -112,6 +112,9 @@ class BaseExchange(ABC):
         self._usable()
         self._check_splits("combine: in_splits", in_splits, y)
         self._check_splits("combine: out_splits", out_splits, None)
+        mine, back = in_splits[self._rank], out_splits[self._rank]
+        if mine != back:
+            raise InternalError(f"combine: rank {self._rank} sends {mine} rows to itself and expects {back}")
         return self._combine(y, in_splits, out_splits)
 
     def doorbell(self) -> int:
@@ -125,7 +128,7 @@ class BaseExchange(ABC):
         self._sleep(seen if self._agreed is None else min(seen, self._agreed), timeout_s)
 
     def ring(self) -> None:
-        self._usable()
+        self._alive()  # other threads ring while a dispatch is pending
         self._ring()
 
     @abstractmethod
@@ -149,11 +152,14 @@ class BaseExchange(ABC):
             self._lost = lost
         return self._lost
 
-    def _usable(self) -> None:
+    def _alive(self) -> None:
         if self._lost is not None:
             raise PeerLost(self._lost.rank, self._lost.reason)
         if self._closed:
             raise InternalError("exchange: it is closed")
+
+    def _usable(self) -> None:
+        self._alive()
         if self._pending:
             raise InternalError("exchange: a dispatch is pending; wait for it first")
 

@@ -170,9 +170,7 @@ class GroupExchange(BaseExchange):
         if x.shape[1] == 0:
             return out, None
         with self._poisoning(), _peers_may_be_lost("did not take part in an exchange"):
-            work = self._group.alltoall_base(
-                out.view(torch.uint8), x.view(torch.uint8), list(out_splits), list(in_splits)
-            )
+            work = self._group.alltoall_base(_bytes(out), _bytes(x), list(out_splits), list(in_splits))
         return out, work
 
     def _finish(self, work: dist.Work | None) -> None:
@@ -209,6 +207,13 @@ class _Dispatch:
         self._ex._usable()
         self._ex._finish(self._work)
         return self._out, self._splits
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """The rows of ``x`` as bytes; a tensor without elements may have strides that cannot be viewed."""
+    if x.numel() == 0:
+        return x.new_empty((x.shape[0], x.shape[1] * x.element_size()), dtype=torch.uint8)
+    return x.view(torch.uint8)
 
 
 @contextmanager

@@ -169,6 +169,8 @@ def _pack(x_TH: Tensor, plan: _Plan) -> Tensor:
     """Rows of bytes: hidden state, padding to 8, slots (int32), weights (float32), so that one dispatch carries all."""
     hidden_bytes, row_bytes = _widths(x_TH, plan.slots_NK.shape[1])
     rows = torch.empty((plan.token_N.numel(), row_bytes), dtype=torch.uint8)
+    if rows.shape[0] == 0:
+        return rows  # tensors without elements may have strides that cannot be viewed as bytes
     rows[:, : x_TH.shape[1] * x_TH.element_size()] = x_TH[plan.token_N].view(torch.uint8)
     k_bytes = 4 * plan.slots_NK.shape[1]
     rows[:, hidden_bytes : hidden_bytes + k_bytes] = plan.slots_NK.view(torch.uint8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,14 +37,17 @@ def layer_routes(
     replicas_E: Sequence[Sequence[Replica]], rank_of_device: Sequence[int], device: torch.device
 ) -> LayerRoutes:
     """Tables of one layer, on ``device``."""
-    shape = (len(replicas_E) + 1, max((len(rs) for rs in replicas_E), default=1))
-    rank_EJ = torch.full(shape, -1)
-    slot_EJ = torch.full(shape, -1)
-    share_EJ = torch.zeros(shape, dtype=torch.float64)
-    for e, replicas in enumerate(replicas_E):
-        for j, r in enumerate(replicas):
-            rank_EJ[e, j], slot_EJ[e, j], share_EJ[e, j] = rank_of_device[r.device], r.slot, r.share
-    return LayerRoutes(rank_EJ.to(device), slot_EJ.to(device), share_EJ.to(device))
+    width = max((len(replicas) for replicas in replicas_E), default=1)
+
+    def table(value: Callable[[Replica], float], absent: float, dtype: torch.dtype) -> Tensor:
+        rows = [[*map(value, replicas), *[absent] * (width - len(replicas))] for replicas in replicas_E]
+        return torch.tensor([*rows, [absent] * width], dtype=dtype, device=device)
+
+    return LayerRoutes(
+        table(lambda r: rank_of_device[r.device], -1, torch.int64),
+        table(lambda r: r.slot, -1, torch.int64),
+        table(lambda r: r.share, 0, torch.float64),
+    )
 
 
 def check_ranks(placement: Placement, ranks: Sequence[int], size: int) -> None:
@@ -83,7 +86,7 @@ def choose_replicas(routes: LayerRoutes, ids_TK: Tensor, seen_E: Tensor, offset:
     first = torch.cumsum(counts.roll(1), 0) - counts.roll(1)  # start of each expert's run, with -1 in front
     within = torch.empty_like(flat)
     within[order] = torch.arange(flat.numel(), device=flat.device) - first[flat[order] + 1]
-    phase = ((seen_E * _GOLDEN) >> 16 & 0xFFFFFFFF).double() / 2**32
+    phase = ((seen_E * _GOLDEN) >> 32 & 0xFFFFFFFF).double() / 2**32
     phase = torch.cat([phase, phase.new_zeros(1)]) + offset
     point = (phase[flat] + within / counts[flat]) % 1.0
     upper_EJ = torch.cumsum(routes.share_EJ, 1)[:, :-1]

@@ -10,8 +10,8 @@ from torch._C._distributed_c10d import Store
 
 from ...errors import PeerLost
 
-# The waiting thread asks for the count again this often, in case it missed a key.
-_LOOK_AGAIN = timedelta(seconds=20)
+# The waiting thread asks for the count again this often, in case it missed a key; torch logs a warning each time.
+_LOOK_AGAIN = timedelta(minutes=10)
 # Keys of older rings are deleted; a thread that lags further behind looks at the count anyway.
 _KEPT = 1024
 
@@ -73,13 +73,14 @@ class StoreBell:
             self.ring()
         except PeerLost:
             return  # the store is gone, and with it the thread's wait
-        self._thread.join(_LOOK_AGAIN.total_seconds() + 5)
+        self._thread.join(5.0)
 
     def _listen(self) -> None:
         try:
             while not self._closed:
                 self._count(self._listening.add("bell", 0))
-                self._await_ring(self._rings + 1)
+                if not self._closed:  # else the ring of `close` may just have been counted
+                    self._await_ring(self._rings + 1)
         except RuntimeError as e:
             with self._changed:
                 self._lost = PeerLost(-1, f"the doorbell's store ended: {e}")

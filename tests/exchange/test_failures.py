@@ -1,0 +1,120 @@
+"""Dead, hung and departing members: everyone else raises PeerLost, at once where it can be known (X2, X3)."""
+
+from __future__ import annotations
+
+import signal
+import time
+from array import array
+
+import pytest
+from concertina.errors import InternalError, PeerLost
+from concertina.workers.exchange.base import Exchange
+from concertina.workers.exchange.mailbox import Head
+from concertina.workers.exchange.shared import SharedMemoryExchange
+
+from .crew import Crew, Region, run_threads
+
+KINDS = ("shared", "gloo")
+
+
+def _check(crew: Crew, kind: str, victim: int, word: str) -> None:
+    survivors = [r for r in range(len(crew.members)) if r != victim]
+    for rank, reason, poisoned in crew.answers(survivors):
+        assert rank == (victim if kind == "shared" else -1)
+        assert poisoned, "a later call did not raise the same"
+        if kind == "shared":
+            assert word in reason
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("size", "victim"), [(2, 0), (4, 2)])
+def test_killed(crew: Crew, kind: str, size: int, victim: int) -> None:
+    """The time-out is longer than a member may take to answer here, so it cannot be what told them."""
+    crew.join(kind, size, timeout_s=150.0, capacity=4096)
+    crew.start("until_lost", rows=40)  # several rounds a message
+    time.sleep(0.2)
+    crew.members[victim].signal(signal.SIGKILL)
+    _check(crew, kind, victim, "process ended")
+    crew.lose(victim)
+    crew.leave()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped(crew: Crew, kind: str) -> None:
+    crew.join(kind, 3, timeout_s=2.0)
+    crew.start("until_lost")
+    time.sleep(0.2)
+    crew.members[1].signal(signal.SIGSTOP)
+    _check(crew, kind, 1, "no sign of life for 2 s")
+    crew.members[1].signal(signal.SIGCONT)
+    (lost,) = crew.answers([1])
+    assert lost[0] == (1 if kind == "shared" else -1), "the hung member learns that it was given up"
+    crew.leave()
+
+
+@pytest.mark.ray
+def test_killed_while_all_sleep(crew: Crew) -> None:
+    crew.join("shared", 3, timeout_s=150.0)
+    crew.start("idle_until_lost")
+    time.sleep(0.2)
+    crew.members[0].signal(signal.SIGKILL)
+    _check(crew, "shared", 0, "process ended")
+    crew.lose(0)
+    crew.leave()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("kind", KINDS)
+def test_slow_is_not_hung(crew: Crew, kind: str) -> None:
+    """Together the pauses are longer than the time-out, each alone is not; all go on until one is killed."""
+    crew.join(kind, 3, timeout_s=3.0)
+    crew.start("until_lost", nap_s=0.7)
+    time.sleep(4.0)
+    crew.members[2].signal(signal.SIGKILL)
+    _check(crew, kind, 2, "process ended")
+    crew.lose(2)
+    crew.leave()
+
+
+def test_stuck_members_are_not_blamed() -> None:
+    """Rank 2 hangs after it has sent to 0 only. So 0 goes on and then waits for 1, which waits for 2: both name 2."""
+
+    def work(ex: Exchange) -> list[int] | None:
+        assert isinstance(ex, SharedMemoryExchange)
+        if ex.rank == 2:
+            row = array("q", [5, 0])  # as `all_gather([5])` would send, with the doorbell's value
+            ex._out[0].start(Head(kind=1, rows=1, row_bytes=16), row.buffer_info()[0])
+            ex._out[0].push()
+            return None
+        for done in range(3):
+            try:
+                ex.all_gather([5])
+            except PeerLost as lost:
+                return [done, lost.rank, "no sign of life for 0.5 s" in lost.reason]
+        return None
+
+    assert run_threads(3, 64, work, timeout_s=0.5) == [[1, 2, True], [0, 2, True], None]
+
+
+def test_leaving_member_is_named_by_who_waits_for_it() -> None:
+    def work(ex: Exchange) -> int | None:
+        if ex.rank == 1:
+            ex.close()
+            return None
+        with pytest.raises(PeerLost, match="rank 1 was lost: it left") as e:
+            ex.all_gather([1])
+        return e.value.rank
+
+    assert run_threads(3, 64, work) == [1, None, 1]
+
+
+def test_closed_exchange_refuses_calls() -> None:
+    region = Region(1, 64)
+    member = region.member(0)
+    member.close()
+    member.close()
+    with pytest.raises(InternalError, match="closed"):
+        member.all_gather([1])
+    region.close()

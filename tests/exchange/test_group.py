@@ -1,0 +1,79 @@
+"""Process groups: what is refused, and what needs a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from concertina.errors import InternalError, OperatorError, PeerLost
+from concertina.workers.exchange.group import GroupExchange, Rendezvous, make_group
+from torch.distributed import TCPStore
+
+from . import scenarios
+
+
+@pytest.fixture
+def store() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def test_alone(store: TCPStore) -> None:
+    ex = GroupExchange(Rendezvous("127.0.0.1", store.port, "a"), 0, 1, 10.0)
+    scenarios.random_rounds(ex, seed=3, rounds=20)
+    scenarios.every_dtype(ex)
+    assert scenarios.doorbell_stress(ex, seed=1, items=30) == 30
+    ex.close()
+    ex.close()
+    with pytest.raises(InternalError, match="closed"):
+        ex.all_gather([1])
+
+
+def test_nobody_listens() -> None:
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = server.port
+    del server
+    with pytest.raises(OperatorError, match=f"store at 127.0.0.1:{port}"):
+        Rendezvous("127.0.0.1", port, "a").connect(0.2)
+
+
+def test_a_member_that_never_comes(store: TCPStore) -> None:
+    with pytest.raises(PeerLost, match="a peer was lost: it did not form a group"):
+        GroupExchange(Rendezvous("127.0.0.1", store.port, "b"), 0, 2, 0.5)
+
+
+def test_unknown_backend(store: TCPStore) -> None:
+    with pytest.raises(OperatorError, match="expected gloo, or nccl with CUDA, got 'mpi'"):
+        make_group("mpi", store, 0, 1, 1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so nccl is no error")
+def test_nccl_without_a_gpu(store: TCPStore) -> None:
+    with pytest.raises(OperatorError, match="got 'nccl'"):
+        make_group("nccl", store, 0, 1, 1.0)
+
+
+def test_other_devices_are_refused(store: TCPStore) -> None:
+    ex = GroupExchange(Rendezvous("127.0.0.1", store.port, "d"), 0, 1, 10.0)
+    with pytest.raises(InternalError, match="expected a tensor on cpu, got one on meta"):
+        ex.dispatch(torch.empty(1, 1, device="meta"), [1])
+    ex.close()
+
+
+def test_the_store_ends() -> None:
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ex = GroupExchange(Rendezvous("127.0.0.1", server.port, "e"), 0, 1, 10.0)
+    seen = ex.doorbell()
+    del server
+    with pytest.raises(PeerLost, match="the doorbell's store ended"):
+        ex.wait(seen, 60.0)
+    ex.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NCCL needs a GPU")
+def test_nccl_alone(store: TCPStore) -> None:
+    ex = GroupExchange(Rendezvous("127.0.0.1", store.port, "c"), 0, 1, 30.0, "nccl")
+    x = torch.randn(3, 8, device="cuda")
+    rows, splits = ex.dispatch(x, [3])
+    assert splits == [3]
+    assert torch.equal(ex.combine(rows, splits, [3]), x)
+    assert ex.all_gather([1, 2]) == [[1, 2]]
+    ex.close()
