@@ -198,32 +198,48 @@ class PlacementProblem:
         return np.maximum(self.cluster.memory_bytes_D - taken, 0.0)
 
     @cached_property
-    def budget_bytes_LD(self) -> FloatArray:
-        """Bytes of experts each layer may hold per device (eq. 3): memory in proportion to the layers' bytes."""
-        layer_bytes_L = self.model.bytes_LE.sum(axis=1)
-        return np.outer(layer_bytes_L / layer_bytes_L.sum(), self.usable_bytes_D)
+    def _wanted_slots_LD(self) -> IntArray:
+        given = np.asarray(self.experts if self.slots is None else self.slots)
+        return np.broadcast_to(np.minimum(given, self.experts), (self.layers, self.devices)).astype(np.int64)
+
+    @cached_property
+    def _roomy_D(self) -> BoolArray:
+        """Devices whose memory takes every slot filled with the layer's biggest expert: memory never binds there."""
+        roomy_D: BoolArray = self.model.bytes_LE.max(axis=1) @ self._wanted_slots_LD <= self.usable_bytes_D
+        return roomy_D
 
     @cached_property
     def slots_LD(self) -> IntArray:
         """Most replicas per layer and device, from ``slots`` and memory together (eq. 2, 3)."""
-        given = np.broadcast_to(
-            np.asarray(self.experts if self.slots is None else self.slots), (self.layers, self.devices)
-        )
-        wanted = np.minimum(given, self.experts).astype(np.int64)
-        biggest_L = self.model.bytes_LE.max(axis=1)
-        fits_D = biggest_L @ wanted <= self.usable_bytes_D
-        slots_LD: IntArray = np.where(fits_D, wanted, np.minimum(wanted, self._slots_by_memory_LD))
+        wanted = self._wanted_slots_LD
+        slots_LD: IntArray = np.where(self._roomy_D, wanted, np.minimum(wanted, self._slots_by_memory_LD))
         return slots_LD
 
     @cached_property
+    def budget_bytes_LD(self) -> FloatArray:
+        """Most bytes of experts per layer and device (eq. 3): memory in proportion to the layers' bytes."""
+        layer_bytes_L = self.model.bytes_LE.sum(axis=1)
+        part_LD = np.outer(layer_bytes_L / layer_bytes_L.sum(), self.usable_bytes_D)
+        by_slots_LD = self.slots_LD * self.model.bytes_LE.max(axis=1)[:, None]
+        budget_LD: FloatArray = np.where(self._roomy_D | self._equal_experts, by_slots_LD, part_LD)
+        return budget_LD
+
+    @property
+    def _equal_experts(self) -> bool:
+        return bool(self.model.bytes_LE.min() == self.model.bytes_LE.max())
+
+    @cached_property
     def _slots_by_memory_LD(self) -> IntArray:
-        smallest = self.model.bytes_LE.min()
-        if smallest == self.model.bytes_LE.max():
-            count_D = (self.usable_bytes_D // smallest).astype(np.int64)
+        smallest_L = self.model.bytes_LE.min(axis=1)
+        if self._equal_experts:
+            most = self.experts * self.layers
+            count_D = np.minimum(self.usable_bytes_D // smallest_L[0], most).astype(np.int64)
             turn_LD = (np.arange(self.layers)[:, None] + np.arange(self.devices)) % self.layers
             slots_LD: IntArray = count_D // self.layers + (turn_LD < count_D % self.layers)
             return slots_LD
-        fit_LD: IntArray = (self.budget_bytes_LD // self.model.bytes_LE.min(axis=1)[:, None]).astype(np.int64)
+        layer_bytes_L = self.model.bytes_LE.sum(axis=1)
+        part_LD = np.outer(layer_bytes_L / layer_bytes_L.sum(), self.usable_bytes_D)
+        fit_LD: IntArray = (part_LD // smallest_L[:, None]).astype(np.int64)
         return fit_LD
 
     @cached_property

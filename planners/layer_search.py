@@ -1,0 +1,107 @@
+"""The scalable search of one layer: attempts in order of promise, each improved by local search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from .assemble import shares_R, without_idle
+from .bounds import case_bound, replicas_needed, step_bound
+from .construct import Greed, longest_first, water_filled
+from .cost import Replicas, case_times_CD
+from .fields import IntArray
+from .improve import Search
+from .layout import Layout
+from .params import Params
+from .problem import Objective
+from .risk import risk
+from .units import LayerProblem
+
+GREEDS = (Greed(0.0), Greed(0.5), Greed(1.0), Greed(0.0, by_quota=False))
+STEPS = (0, 1, 2, 3, 5, 8, 12, 18, 26, 40, 64, 100, 160, 250)
+"""Replicas beyond the least needed that are tried."""
+
+
+def layer_cost(layer: LayerProblem, layout: Layout, objective: Objective) -> float:
+    """The layer's step term and moves for a layout (eq. 7 to 9); communication is left out."""
+    replicas = Replicas(layout.unit_R, layout.device_R, np.array(shares_R(layer, layout)))
+    read_R = layer.read_UD[layout.unit_R, layout.device_R]
+    fixed_CD = layer.base_CD + np.bincount(layout.device_R, weights=read_R, minlength=layer.devices)
+    per_batch = objective.split == "per_batch"
+    time_CD = case_times_CD(replicas, layer.tokens_CU, layer.token_s_D, fixed_CD, per_batch)
+    step = risk(layer.scenario_C, layer.case_weight_C, time_CD.max(axis=1), objective.tail)
+    return step + moved_cost(layer, layout)
+
+
+def moved_cost(layer: LayerProblem, layout: Layout) -> float:
+    """Eq. 9 for one layer."""
+    new_R = ~layer.held_UD[layout.unit_R, layout.device_R]
+    return layer.moved_byte_s * float(layer.bytes_U[layout.unit_R[new_R]].sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """Replica counts and how to lay them out."""
+
+    count_U: IntArray
+    greed: Greed
+
+
+def attempts(layer: LayerProblem, bound_s: float) -> Iterator[Attempt]:
+    """Few replicas beyond the least that ``bound_s`` needs first, then more."""
+    counts = list(water_filled(layer))
+    first = max(0, replicas_needed(layer, bound_s) - int(counts[0].sum()))
+    last = len(counts) - 1
+    for at in sorted({min(first + step, last) for step in STEPS} | {last}):
+        for greed in GREEDS:
+            yield Attempt(counts[at], greed)
+
+
+class LayerSearch:
+    """Anytime search of one layer; `advance` does one piece of work."""
+
+    def __init__(self, layer: LayerProblem, objective: Objective, params: Params, start: Layout | None) -> None:
+        self.layer = layer
+        self.objective = objective
+        self.params = params
+        self.bound_s = step_bound(layer, objective.tail, objective.split == "per_batch")
+        alone = len(layer.tokens_CU) == 1
+        self.mean_bound_s = self.bound_s if alone else case_bound(layer, layer.tokens_U, layer.base_D)
+        self.best: Layout | None = None
+        self.cost_s = np.inf
+        self.pieces = 0
+        self.exhausted = False
+        self._todo = attempts(layer, self.mean_bound_s)
+        if start is not None:
+            self._try(start)
+
+    @property
+    def excess_s(self) -> float:
+        """Cost above the bound."""
+        return self.cost_s - self.bound_s
+
+    def advance(self, gap: float) -> None:
+        """Make and improve one more attempt; sets ``exhausted`` after the last."""
+        self.pieces += 1
+        attempt = next(self._todo, None)
+        if attempt is None:
+            self.exhausted = True
+            return
+        layout = longest_first(self.layer, attempt.count_U, attempt.greed)
+        if layout is not None:
+            self._try(layout, gap)
+
+    def _try(self, layout: Layout, gap: float = 0.0) -> None:
+        search = Search(self.layer, layout)
+        search.run(self.mean_bound_s, gap, self.params.rounds)
+        self.offer(search.layout())
+
+    def offer(self, layout: Layout) -> None:
+        """Keep the layout if it is the best so far, without replicas that serve nothing."""
+        if self.objective.split == "fixed":
+            layout = without_idle(self.layer, layout)
+        cost = layer_cost(self.layer, layout, self.objective)
+        if cost < self.cost_s:
+            self.best, self.cost_s = layout, cost
