@@ -20,7 +20,6 @@ from .controller import Controller
 from .hands import NodeInfo, OwnerHandle, WorkerHandle
 from .status import DeploymentStatus, Progress, WorkerAddress
 
-
 _ON_CHOSEN_NODE: Any = {"num_cpus": 0, "max_concurrency": 8}  # the controller has counted cores itself
 
 

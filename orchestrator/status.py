@@ -33,7 +33,7 @@ class WorkerStatus:
     pid: int
     state: str
     experts_per_layer: tuple[int, ...]
-    load: EngineLoad = EngineLoad()
+    load: EngineLoad = field(default_factory=EngineLoad)
     prompt_tokens: int = 0
     generated_tokens: int = 0
     routed_tokens: int = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -45,7 +44,7 @@ class ModelFiles:
     dtype: str
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], dtype: str = "auto") -> ModelFiles:
+    def open(cls, path: str, dtype: str = "auto") -> ModelFiles:
         """Read ``config.json`` and all headers, and check that every tensor is there with the right shape.
 
         Raises
@@ -58,7 +57,7 @@ class ModelFiles:
         chosen = config.dtype if dtype == "auto" else dtype
         if chosen not in DTYPE_BYTES:
             raise OperatorError(f"dtype: {chosen!r}; expected auto or one of {', '.join(DTYPE_BYTES)}")
-        model = cls(str(path), config, checkpoint, chosen)
+        model = cls(path, config, checkpoint, chosen)
         for placed in place_all(config, checkpoint, chosen):
             model._piece(placed)
         return model

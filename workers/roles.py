@@ -46,6 +46,6 @@ class WorkerReport:
     prepared: frozenset[int]
     serving: int
     failed: str
-    load: EngineLoad = EngineLoad()
+    load: EngineLoad = field(default_factory=EngineLoad)
     stats: EngineStats = field(default_factory=EngineStats)
     counts_LE: tuple[tuple[int, ...], ...] = ()
