@@ -9,15 +9,18 @@ missed the balance, then for those that copy more than the proved least.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from .advise import settled
+from .assemble import placement_of
 from .assignment import match_slots
 from .bounds import case_bound
 from .fields import FloatArray, fail, finite
-from .layout import Layout, device_time_D, flow_of
-from .placement import Placement, Replica
+from .lacks import lacks
+from .layout import Layout, device_time_D
+from .placement import Placement
 from .problem import PlacementProblem
 from .replan_greedy import LayerSearch
 from .replan_refine import RefineOptions, best_greedy, finished, refine
@@ -25,8 +28,8 @@ from .replan_task import LayerTask
 from .solution import Infeasible, Lack, Progress, StoppingRule
 from .units import LayerProblem, layer_problems
 
-_LEAST_SHARE = 1e-6
-"""Share of a replica that serves no token at the mean loads: it stays for other batches."""
+_MORE_ROUNDS = 4
+"""Times as many small programs for a layer that missed the balance."""
 
 
 @dataclass(frozen=True)
@@ -121,16 +124,20 @@ def replan(
     rules = rules or ReplanRules()
     start_s = rules.stop.now()
     works = []
-    for layer in layer_problems(problem):
+    layers = layer_problems(problem)
+    missing = tuple(lack for layer in layers for lack in lacks(layer))
+    if missing:
+        return Infeasible(missing)
+    for layer in layers:
         bound_s = case_bound(layer, layer.tokens_U, layer.base_D)
         works.append(_Work(layer, bound_s, best_greedy(LayerTask.of(layer, bound_s / rules.balance))))
         if progress:
             done = [w.bound_s for w in works]
             elapsed_s = rules.stop.now() - start_s
             progress(Progress(len(works), problem.layers, sum(done) / rules.balance, sum(done), elapsed_s))
-    lacks = tuple(_lack(w, e) for w in works for e in w.search.unplaced)
-    if lacks:
-        return Infeasible(lacks, proven=False)
+    no_room = tuple(_lack(w, e) for w in works for e in w.search.unplaced)
+    if no_room:
+        return Infeasible(no_room, proven=False)
     reason = _refine_all(works, rules, start_s)
     return _answer(problem, works, reason)
 
@@ -154,7 +161,9 @@ def _refine_all(works: list[_Work], rules: ReplanRules, start_s: float) -> str:
 
     for work in sorted(works, key=_urgency):
         if not finished(work.search) and in_time():
-            work.search = refine(work.search, rules.refine, rules.seed + work.layer.layer, in_time)
+            rounds = rules.refine.rounds * (1 if work.reached else _MORE_ROUNDS)
+            options = replace(rules.refine, rounds=rounds)
+            work.search = refine(work.search, options, rules.seed + work.layer.layer, in_time)
     if all(finished(w.search) for w in works):
         return "balanced with the fewest bytes possible"
     if not in_time():
@@ -171,9 +180,9 @@ def _urgency(work: _Work) -> tuple[bool, float]:
 
 
 def _answer(problem: PlacementProblem, works: list[_Work], reason: str) -> Replan:
-    layouts = [_settled(w.layer, w.search) for w in works]
+    layouts = [settled(w.layer, _layout(w.search)) for w in works]
     assert problem.current is not None
-    placement = match_slots(problem.current, _placement(problem, works, layouts))
+    placement = match_slots(problem.current, placement_of(problem, [w.layer for w in works], layouts))
     time_L = np.array([device_time_D(w.layer, layout).max() for w, layout in zip(works, layouts, strict=True)])
     return Replan(
         placement,
@@ -187,40 +196,7 @@ def _answer(problem: PlacementProblem, works: list[_Work], reason: str) -> Repla
     )
 
 
-def _settled(layer: LayerProblem, search: LayerSearch) -> Layout:
-    """The search's replicas with tokens split so that the slowest device is as fast as they allow (eq. 6)."""
+def _layout(search: LayerSearch) -> Layout:
     pairs = [(e, d) for e, flow in enumerate(search.state.flow_E) for d in sorted(flow)]
-    unit_R = np.array([e for e, _ in pairs], dtype=np.int64)
-    device_R = np.array([d for _, d in pairs], dtype=np.int64)
     tokens_R = np.array([search.state.flow_E[e][d] for e, d in pairs])
-    found = Layout(unit_R, device_R, tokens_R)
-    flow = flow_of(layer, unit_R, device_R, layer.tokens_U, layer.base_D)
-    flow.settle(range(layer.devices), tolerance_s=1e-7 * float(device_time_D(layer, found).max()), most=100_000)
-    return Layout(unit_R, device_R, np.array(flow.amount))
-
-
-def _placement(problem: PlacementProblem, works: list[_Work], layouts: list[Layout]) -> Placement:
-    layers = []
-    for work, layout in zip(works, layouts, strict=True):
-        replicas_E: list[list[Replica]] = [[] for _ in range(problem.experts)]
-        slots = [0] * problem.devices
-        shares_R = _shares(work.layer, layout)
-        for u, d, share in zip(layout.unit_R.tolist(), layout.device_R.tolist(), shares_R.tolist(), strict=True):
-            for e in work.layer.members[u]:
-                replicas_E[e].append(Replica(d, slots[d], share))
-                slots[d] += 1
-        layers.append(tuple(tuple(r) for r in replicas_E))
-    return Placement(problem.cluster.names, tuple(layers))
-
-
-def _shares(layer: LayerProblem, layout: Layout) -> FloatArray:
-    """Shares of every replica, above 0 and summing to 1 per unit."""
-    count_U = np.bincount(layout.unit_R, minlength=layer.units)
-    total_U = layer.tokens_U
-    idle_R = total_U[layout.unit_R] <= 0
-    raw_R = np.where(
-        idle_R, 1.0 / count_U[layout.unit_R], layout.tokens_R / np.where(idle_R, 1.0, total_U[layout.unit_R])
-    )
-    raw_R = np.maximum(raw_R, _LEAST_SHARE)
-    shares: FloatArray = raw_R / np.bincount(layout.unit_R, weights=raw_R, minlength=layer.units)[layout.unit_R]
-    return np.where(count_U[layout.unit_R] == 1, 1.0, shares)
+    return Layout(np.array([e for e, _ in pairs]), np.array([d for _, d in pairs]), tokens_R)

@@ -103,9 +103,17 @@ class LayerTask:
     def new_bytes(self, state: Routing) -> float:
         return sum(self.bytes_E[e] for e, _ in self.new_replicas(state))
 
+    @cached_property
+    def _narrow(self) -> bool:
+        return all(w == 1 for w in self.width_E)
+
+    def slots_used(self, state: Routing, device: int) -> int:
+        held = state.held_D[device]
+        return len(held) if self._narrow else sum(self.width_E[e] for e in held)
+
     def fits(self, state: Routing, device: int, more: Sequence[int] = ()) -> bool:
         """Whether the device's replicas, and ``more``, keep its slots and bytes."""
-        if sum(self.width_E[e] for e in (*state.held_D[device], *more)) > self.slots_D[device]:
+        if self.slots_used(state, device) + sum(self.width_E[e] for e in more) > self.slots_D[device]:
             return False
         if self.budget_D is None:
             return True
