@@ -42,6 +42,7 @@ def create_app(settings: IngressSettings, router: Router) -> FastAPI:
     metrics = Metrics(lambda: router.lanes)
     service = Service(settings, Tokenizer.load(settings.checkpoint), router, metrics, Queue(metrics))
     app = FastAPI(title="Concertina", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan(router))
+    app.state.service = service
     _add_errors(app, metrics)
     _add_open_routes(app, service)
     _add_api(app, service)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from ...errors import ConcertinaError, PeerLost
 from ...workers.protocol import EngineLoad, EngineOutput, EngineRequest
@@ -13,6 +13,7 @@ from .members import Connect, Member, WorkerClient
 
 LOST = (PeerLost, OSError, EOFError)  # what a broken connection looks like
 FIRST_RETRY_S, LAST_RETRY_S = 0.05, 2.0
+CHECK_S = 0.5  # how soon a connection that broke while nothing ran on it is renewed
 UNKNOWN_LENGTH = 256  # tokens that a request is taken for when it may run on to the end of the context
 
 logger = logging.getLogger("concertina.ingress")
@@ -38,18 +39,21 @@ class Lane:
         self._connect = connect
         self._changed = changed
         self._client: WorkerClient | None = None
-        self._task = asyncio.create_task(self._keep_trying())
+        self._broken = asyncio.Event()
+        self._task = asyncio.create_task(self._keep_up())
 
     @property
     def ready(self) -> bool:
-        return self._client is not None and not self.member.draining
+        """Connected, and to be given new work."""
+        return self.connected and not self.member.draining
 
     @property
     def connected(self) -> bool:
-        return self._client is not None
+        return self._client is not None and self._client.connected
 
     @property
     def load(self) -> EngineLoad:
+        """The engine's own last report; zeros without a connection."""
         return self._client.load if self._client is not None else EngineLoad()
 
     async def submit(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
@@ -84,27 +88,31 @@ class Lane:
             await client.close()
 
     def _lost(self, client: WorkerClient, reason: BaseException) -> None:
-        if client is not self._client:
-            return  # another sequence noticed first, or the lane is closed
-        logger.warning("worker %s lost: %s", self.member.name, reason)
-        self._client = None
-        self._task = asyncio.create_task(self._keep_trying())
+        if client is self._client:  # else another sequence noticed first, or the lane is closed
+            logger.warning("worker %s lost: %s", self.member.name, reason)
+            self._client = None
+            self._broken.set()
 
-    async def _keep_trying(self) -> None:
+    async def _keep_up(self) -> None:
+        while True:
+            self._broken.clear()
+            self._client = client = await self._connect_at_last()
+            self._changed()
+            while self._client is not None and client.connected:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(CHECK_S):  # wait_for may swallow a cancellation before Python 3.12
+                        await self._broken.wait()
+            self._lost(client, PeerLost(-1, "the connection ended"))
+            await client.close()
+
+    async def _connect_at_last(self) -> WorkerClient:
         pause_s = FIRST_RETRY_S
         while True:
             try:
-                self._client = await self._connect(self.member)
-                break
+                return await self._connect(self.member)
             except (OSError, ConcertinaError) as e:
-                logger.log(
-                    logging.WARNING if pause_s == FIRST_RETRY_S else logging.DEBUG,
-                    "worker %s at %s:%d: %s; trying again",
-                    self.member.name,
-                    self.member.host,
-                    self.member.port,
-                    e,
-                )
+                level = logging.WARNING if pause_s == FIRST_RETRY_S else logging.DEBUG
+                where = f"{self.member.name} at {self.member.host}:{self.member.port}"
+                logger.log(level, "worker %s: %s; trying again", where, e)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LAST_RETRY_S)
-        self._changed()

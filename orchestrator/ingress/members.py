@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ...errors import InternalError
+from ...workers import client
 from ...workers.protocol import EngineLoad, EngineOutput, EngineRequest
 
 
@@ -38,6 +39,10 @@ class WorkerClient(Protocol):
     """A connection to one worker's engine."""
 
     @property
+    def connected(self) -> bool:
+        """Whether the connection is still up, as far as is known."""
+
+    @property
     def load(self) -> EngineLoad:
         """The engine's own last report."""
 
@@ -58,6 +63,17 @@ class WorkerClient(Protocol):
 
 Connect = Callable[[Member], Awaitable[WorkerClient]]
 MemberSource = Callable[[], AsyncIterator[Sequence[Member]]]
+
+
+async def connect_worker(member: Member) -> WorkerClient:
+    """A `Connect` over TCP.
+
+    Raises
+    ------
+    OSError, OperatorError, PeerLost
+        Nobody answers, the token is wrong, or the worker hung up.
+    """
+    return await client.WorkerClient.connect(member.host, member.port, member.token)
 
 
 class NoWorker(InternalError):

@@ -15,7 +15,7 @@ from .lane import LOST, Lane
 from .members import Connect, Member, NoWorker, StreamLost
 from .prefixes import PrefixMemory
 
-FULL_PAUSE_S = 0.1  # before an interrupted sequence asks workers with full queues again
+PAUSE_S = 0.1  # before an interrupted sequence asks workers again that were full, or gave it up
 
 
 class Router:
@@ -86,17 +86,18 @@ class Router:
             The engine does not take the request; `QueueFull` when none has room.
         """
         state = Continuation(request)
-        full: set[str] = set()
+        avoid: set[str] = set()
         started_s = self._now_s()
         while not state.finished:
-            lane = await self._choose(state, full, started_s)
+            lane = await self._choose(state, avoid, started_s)
             try:
                 async with aclosing(self._attempt(lane, state)) as outputs:
                     async for output in outputs:
                         yield output
             except QueueFull:
-                full.add(lane.member.name)
+                avoid.add(lane.member.name)
             except LOST as e:
+                avoid.add(lane.member.name)
                 if last := state.interrupted(str(e), self._now_s()):
                     yield last
         self._prefixes.remember(state.tokens, lane.member.name)
@@ -116,16 +117,16 @@ class Router:
         if not state.finished:
             raise EOFError(f"worker {lane.member.name} gave the sequence up")
 
-    async def _choose(self, state: Continuation, full: set[str], started_s: float) -> Lane:
+    async def _choose(self, state: Continuation, avoid: set[str], started_s: float) -> Lane:
         while True:
             ready = [lane for lane in self._lanes.values() if lane.ready]
-            free = [lane for lane in ready if lane.member.name not in full]
+            free = [lane for lane in ready if lane.member.name not in avoid]
             if free:
                 return self._cheapest(free, state.tokens)
             if ready and state.interrupted_at_s is None:
                 raise QueueFull("every worker's queue is full")
-            full.clear()
-            await self._wait(self._time_left_s(state, started_s), at_most_s=FULL_PAUSE_S if ready else None)
+            avoid.clear()
+            await self._wait(self._time_left_s(state, started_s), at_most_s=PAUSE_S if ready else None)
 
     def _cheapest(self, lanes: Sequence[Lane], tokens: Sequence[int]) -> Lane:
         """The worker that would be done first: work before this request, and the part of its prompt not cached."""

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import uvicorn
 from concertina.errors import PeerLost
 from concertina.orchestrator.ingress.app import create_app
-from concertina.orchestrator.ingress.members import Member
+from concertina.orchestrator.ingress.members import Connect, Member
 from concertina.orchestrator.ingress.router import Router
 from concertina.orchestrator.ingress.settings import IngressSettings
 from concertina.workers.protocol import EngineLoad, EngineOutput, EngineRequest, TokenLogprob
@@ -70,6 +70,10 @@ class ToyClient:
     def __init__(self, worker: ToyWorker) -> None:
         self.worker = worker
         self.closed = asyncio.Event()
+
+    @property
+    def connected(self) -> bool:
+        return not self.worker.down and not self.closed.is_set()
 
     @property
     def load(self) -> EngineLoad:
@@ -150,9 +154,9 @@ def connect_to(workers: Sequence[ToyWorker]) -> Callable[[Member], Awaitable[Toy
 class Front:
     """The application under uvicorn on a free loopback port, in a thread with its own event loop."""
 
-    def __init__(self, settings: IngressSettings, workers: Sequence[ToyWorker]) -> None:
+    def __init__(self, settings: IngressSettings, workers: Sequence[ToyWorker], connect: Connect | None = None) -> None:
         self.workers = list(workers)
-        self.router = Router(connect_to(self.workers), settings.worker_wait_s, settings.recovery_timeout_s)
+        self.router = Router(connect or connect_to(self.workers), settings.worker_wait_s, settings.recovery_timeout_s)
         self.app = create_app(settings, self.router)
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"

@@ -1,0 +1,322 @@
+"""I4: a sequence that changes workers gives the tokens it would have given; nothing is left outstanding."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+import pytest
+from concertina.errors import OperatorError
+from concertina.orchestrator.ingress.members import Member, NoWorker, StreamLost
+from concertina.orchestrator.ingress.prefixes import BLOCK, PrefixMemory
+from concertina.orchestrator.ingress.router import Router
+from concertina.workers.engine.errors import NeverFits, QueueFull
+from concertina.workers.protocol import EngineOutput, EngineRequest, SamplingParams
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from .toy import ToyWorker, connect_to, walk
+
+T = TypeVar("T")
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    async def bounded() -> T:
+        async with asyncio.timeout(20):
+            return await work
+
+    return asyncio.run(bounded())
+
+
+async def routed(workers: Sequence[ToyWorker], wait_s: float = 0.2, recovery_s: float = 0.5) -> Router:
+    router = Router(connect_to(workers), wait_s, recovery_s)
+    router.update([w.member for w in workers])
+    await until(lambda: all(lane.connected for lane in router.lanes))
+    return router
+
+
+async def until(condition: Any) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+def ask(name: str = "r", prompt: Sequence[int] = (5, 6, 7), **sampling: Any) -> EngineRequest:
+    return EngineRequest(name, tuple(prompt), SamplingParams(**{"max_tokens": 20, "seed": 3, **sampling}))
+
+
+async def collect(router: Router, request: EngineRequest, into: list[EngineOutput] | None = None) -> list[EngineOutput]:
+    outputs = [] if into is None else into
+    async for output in router.stream(request):
+        outputs.append(output)
+    return outputs
+
+
+def tokens_of(outputs: Sequence[EngineOutput]) -> list[int]:
+    return [t for output in outputs for t in output.token_ids]
+
+
+def reference(request: EngineRequest) -> list[int]:
+    tokens = list(request.prompt)
+    for _ in range(request.sampling.max_tokens):
+        tokens.append(walk(tokens, request.sampling.seed or 0))
+    return tokens[len(request.prompt) :]
+
+
+def test_streams_to_the_end() -> None:
+    async def main() -> None:
+        worker = ToyWorker(batch=3)
+        router = await routed([worker])
+        outputs = await collect(router, ask())
+        assert tokens_of(outputs) == reference(ask())
+        assert [o.finish_reason for o in outputs][-1] == "length"
+        assert [(lane.outstanding, lane.sequences) for lane in router.lanes] == [(0, 0)]
+        assert worker.aborted == []
+        await router.close()
+
+    run(main())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    deaths=st.lists(st.integers(0, 6), max_size=4),
+    batch=st.integers(1, 3),
+    politely=st.booleans(),
+    logprobs=st.sampled_from([None, 1]),
+)
+def test_lost_workers_change_nothing(deaths: list[int], batch: int, politely: bool, logprobs: int | None) -> None:
+    """I4, for workers that die (or give their sequences up) at any token."""
+
+    async def main() -> None:
+        mortal = [
+            ToyWorker(f"w{i}", batch=batch, **{"give_up_after" if politely else "die_after": n})
+            for i, n in enumerate(deaths)
+        ]
+        last = ToyWorker("last", batch=batch)
+        router = await routed([*mortal, last])
+        router.update([*(w.member for w in mortal), Member("last", "toy", 1, speed=1e-6)])
+        request = ask(logprobs=logprobs, min_tokens=4)
+        outputs = await collect(router, request)
+        assert tokens_of(outputs) == reference(request)
+        assert all(output.id == request.id for output in outputs)
+        assert [o.finish_reason for o in outputs if o.finish_reason] == ["length"]
+        assert sum(len(o.logprobs) for o in outputs) == (20 if logprobs else 0)
+        for worker in (*mortal, last):
+            for seen in worker.requests:
+                done = len(seen.prompt) - len(request.prompt)
+                assert seen.sampling.max_tokens == 20 - done
+                assert seen.sampling.min_tokens == max(0, 4 - done)
+        assert all(lane.outstanding == lane.sequences == 0 for lane in router.lanes)
+        await router.close()
+
+    run(main())
+
+
+def test_gives_up_in_time() -> None:
+    async def main() -> None:
+        worker = ToyWorker(die_after=4)
+        router = await routed([worker], recovery_s=0.05)
+        outputs: list[EngineOutput] = []
+        with pytest.raises(StreamLost, match=r"within 0\.05 s"):
+            await collect(router, ask(), outputs)
+        assert tokens_of(outputs) == reference(ask())[:4]
+        await router.close()
+
+    run(main())
+
+
+def test_a_request_that_kills_workers_is_given_up() -> None:
+    async def main() -> None:
+        workers = [ToyWorker(f"w{i}", die_after=0) for i in range(8)]
+        router = await routed(workers)
+        with pytest.raises(StreamLost, match="5 workers in turn"):
+            await collect(router, ask())
+        assert sum(w.down for w in workers) == 5
+        await router.close()
+
+    run(main())
+
+
+def test_waits_for_a_worker_but_not_for_ever() -> None:
+    async def main() -> None:
+        worker = ToyWorker()
+        router = Router(connect_to([worker]), worker_wait_s=0.02)
+        with pytest.raises(NoWorker):
+            await collect(router, ask())
+        router = Router(connect_to([worker]), worker_wait_s=10)
+        task = asyncio.create_task(collect(router, ask()))
+        await asyncio.sleep(0)
+        router.update([worker.member])
+        assert tokens_of(await task) == reference(ask())
+        await router.close()
+
+    run(main())
+
+
+def test_reconnects() -> None:
+    async def main() -> None:
+        worker = ToyWorker(die_after=5)
+        router = await routed([worker], recovery_s=10)
+        stream = router.stream(ask())
+        got = [await anext(stream) for _ in range(5)]
+        task = asyncio.create_task(anext(stream))  # type: ignore[arg-type]
+        await until(lambda: worker.down)
+        worker.die_after, worker.down = None, False
+        got += [await task, *[output async for output in stream]]
+        assert tokens_of(got) == reference(ask())
+        await router.close()
+
+    run(main())
+
+
+def test_notices_an_idle_connection_that_broke(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("concertina.orchestrator.ingress.lane.CHECK_S", 0.01)
+
+    async def main() -> None:
+        worker = ToyWorker()
+        router = await routed([worker])
+        worker.down = True
+        assert not router.ready
+        await asyncio.sleep(0.1)
+        worker.down = False
+        assert not router.ready or next(iter(router.lanes)).connected
+        await until(lambda: router.ready)
+        await router.close()
+
+    run(main())
+
+
+def test_closing_a_stream_aborts_it() -> None:
+    async def main() -> None:
+        worker = ToyWorker()
+        router = await routed([worker])
+        stream = router.stream(ask("mine", max_tokens=1000))
+        await anext(stream)
+        await stream.aclose()
+        assert worker.aborted == ["mine"]
+        assert [lane.outstanding for lane in router.lanes] == [0]
+        await router.close()
+
+    run(main())
+
+
+def test_least_loaded_gets_the_next() -> None:
+    async def main() -> None:
+        workers = [ToyWorker("w0"), ToyWorker("w1")]
+        router = await routed(workers)
+        streams = [router.stream(ask(f"r{i}", prompt=[9 + i], max_tokens=100)) for i in range(6)]
+        for stream in streams:
+            await anext(stream)
+        assert [len(w.requests) for w in workers] == [3, 3]
+        router.update([Member("w0", "toy", 1), Member("w1", "toy", 1, speed=100.0)])
+        for i in range(4):
+            await anext(router.stream(ask(f"s{i}", prompt=[99], max_tokens=100)))
+        assert [len(w.requests) for w in workers] == [3, 7]
+        await router.close()
+
+    run(main())
+
+
+def test_same_prefix_goes_to_the_same_worker() -> None:
+    async def main() -> None:
+        workers = [ToyWorker("w0"), ToyWorker("w1")]
+        router = await routed(workers)
+        long = list(range(3, 3 + 4 * BLOCK))
+        await collect(router, ask(prompt=long))
+        home = next(w for w in workers if w.requests)
+        busy = router.stream(ask(prompt=[*long, 1], max_tokens=100))
+        await anext(busy)
+        await collect(router, ask(prompt=[*long, 2]))
+        assert len(home.requests) == 3
+        await busy.aclose()
+        await router.close()
+
+    run(main())
+
+
+def test_draining_and_leaving() -> None:
+    """Draining lets sequences end where they are; leaving moves them at once."""
+
+    async def main() -> None:
+        old, new = ToyWorker("old"), ToyWorker("new")
+        router = await routed([old])
+        router._connect = connect_to([old, new])
+        stream = router.stream(ask(max_tokens=30))
+        got = [await anext(stream)]
+        router.update([Member("old", "toy", 1, draining=True), new.member])
+        await until(lambda: router.ready)
+        await collect(router, ask("second"))
+        got.append(await anext(stream))
+        assert [len(old.requests), len(new.requests)] == [1, 1]
+        router.update([new.member])
+        got += [output async for output in stream]
+        assert tokens_of(got) == reference(ask(max_tokens=30))
+        assert [len(old.requests), len(new.requests)] == [1, 2]
+        await router.close()
+
+    run(main())
+
+
+def test_a_new_address_is_a_new_worker() -> None:
+    async def main() -> None:
+        worker = ToyWorker()
+        router = await routed([worker])
+        before = next(iter(router.lanes))
+        router.update([worker.member])
+        assert next(iter(router.lanes)) is before
+        router.update([Member(worker.name, "toy", 2)])
+        assert next(iter(router.lanes)) is not before
+        with pytest.raises(OperatorError, match="names repeat"):
+            router.update([worker.member, worker.member])
+        await router.close()
+
+    run(main())
+
+
+def test_full_queues() -> None:
+    async def main() -> None:
+        full, free = ToyWorker("full", refuse=QueueFull("full")), ToyWorker("free")
+        router = await routed([full, free])
+        for i in range(3):
+            assert tokens_of(await collect(router, ask(f"r{i}"))) == reference(ask())
+        free.refuse = QueueFull("full too")
+        with pytest.raises(QueueFull, match="every worker"):
+            await collect(router, ask())
+        free.refuse = NeverFits("too long")
+        with pytest.raises(NeverFits):
+            await collect(router, ask())
+        await router.close()
+
+    run(main())
+
+
+def test_an_interrupted_sequence_waits_for_room() -> None:
+    async def main() -> None:
+        dying, full = ToyWorker("dying", die_after=3), ToyWorker("full", refuse=QueueFull("full"))
+        router = await routed([dying, full], recovery_s=10)
+        task = asyncio.create_task(collect(router, ask()))
+        await until(lambda: dying.down and full.requests)
+        full.refuse = None
+        assert tokens_of(await task) == reference(ask())
+        await router.close()
+
+    run(main())
+
+
+@given(st.lists(st.integers(0, 3), max_size=4 * BLOCK), st.lists(st.integers(0, 3), max_size=4 * BLOCK))
+def test_prefix_memory(first: list[int], second: list[int]) -> None:
+    memory = PrefixMemory()
+    memory.remember(first, "a")
+    common = next(
+        (i for i, (x, y) in enumerate(zip(first, second, strict=False)) if x != y), min(len(first), len(second))
+    )
+    whole = common // BLOCK * BLOCK
+    assert memory.longest(second) == ({"a": whole} if whole else {})
+
+
+def test_prefix_memory_forgets() -> None:
+    memory = PrefixMemory(capacity=2)
+    memory.remember([1] * BLOCK, "a")
+    memory.remember([2] * 2 * BLOCK, "b")
+    assert memory.longest([1] * BLOCK) == {}
+    assert memory.longest([2] * 2 * BLOCK) == {"b": 2 * BLOCK}
