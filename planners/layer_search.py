@@ -11,7 +11,7 @@ from .assemble import shares_R, without_idle
 from .bounds import case_bound, replicas_needed, step_bound
 from .construct import Greed, longest_first, water_filled
 from .cost import Replicas, case_times_CD
-from .fields import IntArray
+from .fields import FloatArray, IntArray
 from .improve import Search
 from .layout import Layout
 from .params import Params
@@ -24,14 +24,19 @@ STEPS = (0, 1, 2, 3, 5, 8, 12, 18, 26, 40, 64, 100, 160, 250)
 """Replicas beyond the least needed that are tried."""
 
 
-def layer_cost(layer: LayerProblem, layout: Layout, objective: Objective) -> float:
-    """The layer's step term and moves for a layout (eq. 7 to 9); communication is left out."""
+def case_times(layer: LayerProblem, layout: Layout, objective: Objective) -> FloatArray:
+    """Time of every device in every case, shape (C, D) (eq. 4, 6)."""
     replicas = Replicas(layout.unit_R, layout.device_R, np.array(shares_R(layer, layout)))
     read_R = layer.read_UD[layout.unit_R, layout.device_R]
     fixed_CD = layer.base_CD + np.bincount(layout.device_R, weights=read_R, minlength=layer.devices)
     per_batch = objective.split == "per_batch"
-    time_CD = case_times_CD(replicas, layer.tokens_CU, layer.token_s_D, fixed_CD, per_batch)
-    step = risk(layer.scenario_C, layer.case_weight_C, time_CD.max(axis=1), objective.tail)
+    return case_times_CD(replicas, layer.tokens_CU, layer.token_s_D, fixed_CD, per_batch)
+
+
+def layer_cost(layer: LayerProblem, layout: Layout, objective: Objective) -> float:
+    """The layer's step term and moves for a layout (eq. 7 to 9); communication is left out."""
+    time_C = case_times(layer, layout, objective).max(axis=1)
+    step = risk(layer.scenario_C, layer.case_weight_C, time_C, objective.tail)
     return step + moved_cost(layer, layout)
 
 
@@ -105,3 +110,7 @@ class LayerSearch:
         cost = layer_cost(self.layer, layout, self.objective)
         if cost < self.cost_s:
             self.best, self.cost_s = layout, cost
+
+    def raise_bound(self, bound_s: float) -> None:
+        """Take over a bound on this layer's cost that another method proved."""
+        self.bound_s = min(self.cost_s, max(self.bound_s, bound_s))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -66,6 +66,16 @@ class LayerProblem:
     @property
     def devices(self) -> int:
         return len(self.token_s_D)
+
+    def scaled(self, factor: float) -> LayerProblem:
+        """The same layer with every second multiplied: solvers have absolute tolerances."""
+        return replace(
+            self,
+            read_UD=self.read_UD * factor,
+            token_s_D=self.token_s_D * factor,
+            base_CD=self.base_CD * factor,
+            moved_byte_s=self.moved_byte_s * factor,
+        )
 
     @cached_property
     def tokens_U(self) -> FloatArray:
