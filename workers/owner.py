@@ -120,7 +120,7 @@ class MemoryOwner:
         self.pool = pool
         self.address = config.address or f"@concertina/{config.name}"
         self._huge_pages = config.huge_pages
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # one change at a time
         # First of all, because it is exclusive: two living owners of one pool would both give its pages away.
         self._server = PoolServer(pool, config.token, self.address)
         self._window = MemfdRange(config.pages, config.page_bytes, hold=False)
@@ -167,8 +167,7 @@ class MemoryOwner:
         with self._lock:
             table = self._table.copy()
             gone = [table.free(key) for key in keys]
-            holds = self.pool.holds()
-            try:
+            with self.pool.holds() as holds:
                 held = [extent for extent in gone if not holds.claim(extent.pages)]
                 if held:
                     raise PagesHeld(self.pool.geometry.name, tuple(extent.key for extent in held))
@@ -176,18 +175,12 @@ class MemoryOwner:
                 for extent in gone:
                     self.pool.punch(extent.pages)
                     self._huge.forget(runs(extent.pages))
-            finally:
-                holds.close()
 
     def held(self, *keys: str) -> list[str]:
         """Those of the extents that some process maps now."""
-        with self._lock:
-            extents = [self._table.extent(key) for key in keys]
-        holds = self.pool.holds()
-        try:
-            return [extent.key for extent in extents if holds.held_elsewhere(extent.pages)]
-        finally:
-            holds.close()
+        table = self._table
+        with self.pool.holds() as holds:
+            return [key for key in keys if holds.held_elsewhere(table.extent(key).pages)]
 
     def rename(self, key: str, new_key: str, purpose: Purpose | None = None) -> Extent:
         """See `PageTable.rename`; contents stay."""
@@ -221,32 +214,27 @@ class MemoryOwner:
 
     def extent(self, key: str) -> Extent:
         """See `PageTable.extent`."""
-        with self._lock:
-            return self._table.extent(key)
+        return self._table.extent(key)
 
     def extents(self, prefix: str = "") -> list[Extent]:
         """Extents whose key begins with ``prefix``, by key."""
-        with self._lock:
-            found = self._table.extents
+        found = self._table.extents
         return [found[key] for key in sorted(found) if key.startswith(prefix)]
 
     def usage(self) -> dict[str, int]:
         """See `PageTable.usage`."""
-        with self._lock:
-            return self._table.usage()
+        return self._table.usage()
 
     def stats(self) -> OwnerStats:
         """Accounting of the pool now."""
-        geometry = self.pool.geometry
-        with self._lock:
-            return OwnerStats(
-                geometry.name,
-                self.address,
-                geometry.page_bytes,
-                self._table.usage(),
-                self.pool.resident_bytes(),
-                self._huge.regions,
-            )
+        return OwnerStats(
+            self.pool.geometry.name,
+            self.address,
+            self.pool.geometry.page_bytes,
+            self._table.usage(),
+            self.pool.resident_bytes(),
+            self._huge.regions,
+        )
 
     def load(self, pieces: Sequence[Piece], progress: Progress | None = None) -> None:
         """Read tensors from their files straight into extents, which count as held meanwhile.
@@ -261,17 +249,14 @@ class MemoryOwner:
             No such extent, or a piece outside it.
         """
         size = self.pool.geometry.page_bytes
-        with self._lock:
-            extents = {piece.key: self._table.extent(piece.key) for piece in pieces}
-            for piece in pieces:
-                piece.check(len(extents[piece.key].pages) * size)
-            holds = self.pool.holds()
-            for extent in extents.values():
-                holds.share(extent.pages)
-        try:
+        with self.pool.holds() as holds:
+            with self._lock:
+                extents = {piece.key: self._table.extent(piece.key) for piece in pieces}
+                for piece in pieces:
+                    piece.check(len(extents[piece.key].pages) * size)
+                for extent in extents.values():
+                    holds.share(extent.pages)
             load_pieces(pieces, lambda key, at, n: self._memory(extents[key].pages, at, n), progress)
-        finally:
-            holds.close()
 
     def close(self) -> None:
         """Stop serving and let go of the pool, which lives on while a worker holds it; no other call may follow."""
@@ -280,6 +265,7 @@ class MemoryOwner:
         del self._window, self._huge
 
     def _commit(self, table: PageTable) -> None:
+        """Make a changed copy the table; a table is never changed in place, so readers need no lock."""
         self._store.write(table)
         self._table = table
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -301,6 +302,22 @@ def test_collapsing_goes_on_after_refusals_and_spares_regions_with_free_pages(ow
     huge.forget([(0, 1)])
     assert huge.regions == 2
     big.close()
+
+
+def test_many_threads_leave_the_accounting_right(owner: MemoryOwner) -> None:
+    """P1, P2."""
+    whole = owner.usage()
+
+    def churn(which: int) -> None:
+        for n in range(25):
+            owner.allocate(f"kv/{which}", "kv", 1 + (n + which) % 4)
+            assert sum(owner.usage().values()) == CONFIG.pages
+            owner.rename(f"kv/{which}", f"expert/{which}", "experts")
+            owner.free(f"expert/{which}")
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(churn, range(4)))
+    assert owner.usage() == whole
 
 
 def test_an_extent_is_a_value() -> None:

@@ -40,7 +40,7 @@ class PagesHeld(InternalError):
 
 
 class Holds:
-    """One holder's locks on pages of one pool.
+    """One holder's locks on pages of one pool, until it is closed.
 
     Parameters
     ----------
@@ -53,6 +53,12 @@ class Holds:
         self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
         self._name = name
         self._page_bytes = page_bytes
+
+    def __enter__(self) -> Holds:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def share(self, pages: Sequence[int]) -> None:
         """Hold ``pages`` against freeing.

@@ -65,20 +65,17 @@ class MemfdPool:
 
     def check_pages(self, pages: Sequence[int]) -> None:
         """Raise InternalError unless every page number lies in the pool."""
-        if pages and not (min(pages) >= 0 and max(pages) < self.geometry.pages):
+        if pages and (min(pages) < 0 or max(pages) >= self.geometry.pages):
             raise InternalError(
                 f"pool {self.geometry.name!r}: pages {min(pages)}..{max(pages)} outside 0..{self.geometry.pages - 1}"
             )
 
     def free(self, pages: Sequence[int]) -> None:
         self.check_pages(pages)
-        holds = self.holds()
-        try:
+        with self.holds() as holds:
             if not holds.claim(pages):
                 raise PagesHeld(self.geometry.name, (f"some of pages {min(pages)}..{max(pages)}",))
             self.punch(pages)
-        finally:
-            holds.close()
 
     def punch(self, pages: Sequence[int]) -> None:
         """Give pages back without asking who maps them; the caller has claimed them."""

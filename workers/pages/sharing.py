@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import socket
-import socketserver
 import stat
 import threading
 from typing import Any
@@ -25,37 +24,8 @@ from .memfd import MemfdBackend, MemfdPool
 _log = logging.getLogger(__name__)
 _LINE_BYTES = 4096
 _HELLO_TIMEOUT_S = 5.0
+_RETRY_S = 0.1  # after accept() failed, for instance for want of descriptors
 _ANCILLARY_BYTES = socket.CMSG_SPACE(64 * array.array("i").itemsize)
-
-
-class _Server(socketserver.ThreadingUnixStreamServer):
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self, address: str, pool: MemfdPool, token: str) -> None:
-        self.pool = pool
-        self.token = token
-        super().__init__(_kernel_address(address), _Handler)
-
-
-class _Handler(socketserver.BaseRequestHandler):
-    server: _Server
-
-    def handle(self) -> None:
-        self.request.settimeout(_HELLO_TIMEOUT_S)
-        try:
-            self._answer()
-        except OSError as e:  # the client went away or is silent: its problem, not the pool's
-            _log.warning("pool %r: a client was not served: %s", self.server.pool.geometry.name, e)
-
-    def _answer(self) -> None:
-        hello = _parse(_read_line(self.request)[0])
-        if not hmac.compare_digest(str(hello.get("token", "")).encode(), self.server.token.encode()):
-            self.request.sendall(b'{"error": "token"}\n')
-            return
-        geometry, descriptors = self.server.pool.geometry, self.server.pool.export()
-        reply = {"name": geometry.name, "pages": geometry.pages, "page_bytes": geometry.page_bytes}
-        socket.send_fds(self.request, [json.dumps(reply).encode() + b"\n"], list(descriptors))
 
 
 class PoolServer:
@@ -79,24 +49,51 @@ class PoolServer:
     def __init__(self, pool: MemfdPool, token: str, address: str) -> None:
         if not token:
             raise OperatorError("pool server: token: expected a non-empty secret")
-        _remove_dead_socket(address)
-        try:
-            self._server = _Server(address, pool, token)
-        except OSError as e:
-            raise OperatorError(f"pool server: address {address!r}: cannot listen: {e}") from e
+        self._pool = pool
+        self._token = token
         self.address = address
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(0.05,), name=f"pool-server {address}", daemon=True
-        )
+        self._closing = threading.Event()
+        self._listener = _listen(address)
+        self._thread = threading.Thread(target=self._accept_all, name=f"pool-server {address}", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Stop serving; descriptors that were handed out stay valid."""
-        self._server.shutdown()
+        self._closing.set()
+        self._listener.shutdown(socket.SHUT_RDWR)  # ends a waiting accept()
         self._thread.join()
-        self._server.server_close()
+        self._listener.close()
         if not self.address.startswith("@") and os.path.exists(self.address):
             os.unlink(self.address)
+
+    def _accept_all(self) -> None:
+        while not self._closing.is_set():
+            try:
+                connection = self._listener.accept()[0]
+            except OSError as e:
+                if not self._closing.wait(_RETRY_S):
+                    _log.warning("pool server %s: cannot accept: %s", self.address, e)
+                continue
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            connection.settimeout(_HELLO_TIMEOUT_S)
+            try:
+                self._answer(connection)
+            except (OSError, InternalError) as e:  # the client went away or is silent, or the pool was closed
+                _log.warning("pool server %s: a client was not served: %s", self.address, e)
+
+    def _answer(self, connection: socket.socket) -> None:
+        line, unasked = _read_line(connection)
+        _close_all(unasked)
+        hello = _parse(line)
+        if not hmac.compare_digest(str(hello.get("token", "")).encode(), self._token.encode()):
+            connection.sendall(b'{"error": "token"}\n')
+            return
+        geometry, descriptors = self._pool.geometry, self._pool.export()
+        reply = {"name": geometry.name, "pages": geometry.pages, "page_bytes": geometry.page_bytes}
+        socket.send_fds(connection, [json.dumps(reply).encode() + b"\n"], list(descriptors))
 
 
 def fetch_pool(address: str, token: str, timeout_s: float = 10.0) -> MemfdPool:
@@ -174,6 +171,18 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 def _kernel_address(address: str) -> str:
     return "\0" + address[1:] if address.startswith("@") else address
+
+
+def _listen(address: str) -> socket.socket:
+    _remove_dead_socket(address)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(_kernel_address(address))
+        listener.listen(64)
+    except OSError as e:
+        listener.close()
+        raise OperatorError(f"pool server: address {address!r}: cannot listen: {e}") from e
+    return listener
 
 
 def _remove_dead_socket(address: str) -> None:
