@@ -1,0 +1,204 @@
+"""Splitting one batch's tokens of replicated experts over their replicas (eq. 6), fast enough for every step.
+
+Workers call `split` on the counts measured after routing. It begins with the placement's fixed shares and evens out two
+replicas at a time, in whole tokens; the slowest device never gets slower, so it is never worse than the fixed shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from .fields import FloatArray, IntArray, fail
+from .placement import Replica
+
+_Two = tuple[int, int, int, float, float]
+"""A unit with two replicas: position of the first, both devices, both rates."""
+_More = tuple[list[int], list[int]]
+"""A unit with more replicas: their positions, and devices."""
+
+
+@dataclass(frozen=True, eq=False)
+class SplitTable:
+    """One layer's replicas and its devices' speeds, prepared once per placement.
+
+    Parameters
+    ----------
+    replicas_E : sequence of sequence of Replica
+        One layer of `Placement.replicas_LE`.
+    token_s_D : ndarray, shape (D,)
+        Seconds per token of every device, above 0 (any common unit will do).
+    fixed_s_D : ndarray, shape (D,), optional
+        Seconds of every device that do not depend on tokens.
+
+    Raises
+    ------
+    OperatorError
+        A rate that is not above 0, or a replica on a device without a rate.
+    """
+
+    replicas_E: Sequence[Sequence[Replica]]
+    token_s_D: FloatArray
+    fixed_s_D: FloatArray | None = None
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.token_s_D).all() and (self.token_s_D > 0).all()):
+            fail("split: token_s_D", self.token_s_D, "finite seconds per token above 0")
+        if int(self.device_R.max(initial=0)) >= len(self.token_s_D):
+            fail("split: replicas: device", int(self.device_R.max()), f"below {len(self.token_s_D)}")
+        if self.fixed_s_D is not None and self.fixed_s_D.shape != self.token_s_D.shape:
+            fail("split: fixed_s_D", f"shape {self.fixed_s_D.shape}", f"shape {self.token_s_D.shape}")
+
+    @cached_property
+    def expert_R(self) -> IntArray:
+        """Expert of every replica: experts ascending, replicas as in the placement."""
+        return np.repeat(np.arange(len(self.replicas_E)), [len(r) for r in self.replicas_E])
+
+    @cached_property
+    def device_R(self) -> IntArray:
+        return np.array([r.device for replicas in self.replicas_E for r in replicas], dtype=np.int64)
+
+    @cached_property
+    def _share_to_R(self) -> FloatArray:
+        """Share of each expert's replicas up to and including this one; exactly 1 at its last."""
+        to = [np.cumsum([r.share for r in replicas]) for replicas in self.replicas_E]
+        return np.concatenate([np.append(c[:-1], 1.0) for c in to])
+
+    @cached_property
+    def _first_R(self) -> npt.NDArray[np.bool_]:
+        """True at each expert's first replica."""
+        return np.diff(self.expert_R, prepend=-1) > 0
+
+    @cached_property
+    def _rates(self) -> list[float]:
+        rates: list[float] = self.token_s_D.tolist()
+        return rates
+
+    @cached_property
+    def _shared(self) -> tuple[list[_Two], list[_More]]:
+        """Experts with two replicas, and those with more."""
+        twos: list[_Two] = []
+        more: list[_More] = []
+        at = 0
+        for replicas in self.replicas_E:
+            on = [r.device for r in replicas]
+            if len(on) == 2:
+                twos.append((at, on[0], on[1], self._rates[on[0]], self._rates[on[1]]))
+            elif len(on) > 2:
+                more.append((list(range(at, at + len(on))), on))
+            at += len(on)
+        return twos, more
+
+    @cached_property
+    def _outlets(self) -> list[list[tuple[int, list[int]]]]:
+        """By device: positions of its replicas of shared experts, and the devices of the expert's other replicas."""
+        outlets: list[list[tuple[int, list[int]]]] = [[] for _ in self._rates]
+        at = 0
+        for replicas in self.replicas_E:
+            on = [r.device for r in replicas]
+            for k, d in enumerate(on):
+                if len(on) > 1:
+                    outlets[d].append((at + k, on[:k] + on[k + 1 :]))
+            at += len(on)
+        return outlets
+
+    def by_share(self, tokens_E: IntArray) -> IntArray:
+        """Whole tokens of every replica under the placement's fixed shares; they add up to ``tokens_E``."""
+        upto_R = np.rint(self._share_to_R * tokens_E[self.expert_R]).astype(np.int64)
+        before_R = np.where(self._first_R, 0, np.roll(upto_R, 1))
+        return upto_R - before_R
+
+    def time_D(self, tokens_R: npt.NDArray[np.generic]) -> FloatArray:
+        """Seconds of every device under a split."""
+        work_D = np.bincount(self.device_R, weights=tokens_R, minlength=len(self.token_s_D)) * self.token_s_D
+        time: FloatArray = work_D if self.fixed_s_D is None else work_D + self.fixed_s_D
+        return time
+
+
+def split(table: SplitTable, tokens_E: IntArray, tolerance: float = 5e-3, sweeps: int = 16) -> IntArray:
+    """Tokens of every replica (order of ``table.expert_R``), whole numbers that add up to ``tokens_E``.
+
+    Parameters
+    ----------
+    table : SplitTable
+    tokens_E : ndarray of int, shape (E,)
+        The batch's tokens per expert, none negative.
+    tolerance : float
+        Stop once the slowest device is proved within this part of the optimum.
+    sweeps : int
+        Most passes over the replicated experts.
+    """
+    amount_R = table.by_share(tokens_E)
+    time = table.time_D(amount_R).tolist()
+    amount = amount_R.tolist()
+    top = max(time)
+    for _ in range(sweeps):
+        _sweep_twos(table._shared[0], amount, time)
+        _sweep_more(table._shared[1], amount, time, table._rates)
+        now = max(time)
+        if top - now <= tolerance * now and _settled(table, amount, time, now * (1.0 - tolerance)):
+            break
+        top = now
+    return np.array(amount, dtype=np.int64)
+
+
+def _sweep_twos(twos: list[_Two], amount: list[int], time: list[float]) -> None:
+    for at, a, b, rate_a, rate_b in twos:
+        ahead = time[a] - time[b]
+        if ahead > 0:
+            moved = int(ahead / (rate_a + rate_b))
+            if moved > amount[at]:
+                moved = amount[at]
+        else:
+            moved = -int(-ahead / (rate_a + rate_b))
+            if -moved > amount[at + 1]:
+                moved = -amount[at + 1]
+        if moved:
+            amount[at] -= moved
+            amount[at + 1] += moved
+            time[a] -= rate_a * moved
+            time[b] += rate_b * moved
+
+
+def _sweep_more(more: list[_More], amount: list[int], time: list[float], rate: list[float]) -> None:
+    """From the slowest device that has tokens of the unit to its fastest."""
+    for positions, devices in more:
+        slow = fast = -1
+        for k, d in enumerate(devices):
+            if amount[positions[k]] and (slow < 0 or time[d] > time[devices[slow]]):
+                slow = k
+            if fast < 0 or time[d] < time[devices[fast]]:
+                fast = k
+        if slow < 0 or slow == fast:
+            continue
+        a, b = devices[slow], devices[fast]
+        moved = min(int((time[a] - time[b]) / (rate[a] + rate[b])), amount[positions[slow]])
+        if moved > 0:
+            amount[positions[slow]] -= moved
+            amount[positions[fast]] += moved
+            time[a] -= rate[a] * moved
+            time[b] += rate[b] * moved
+
+
+def _settled(table: SplitTable, amount: list[int], time: list[float], least: float) -> bool:
+    """Whether every device that the slowest one's tokens could flow to takes at least ``least``: a proof of eq. 6.
+
+    Those devices hold only tokens that cannot leave them, so under any split one of them takes their average or more.
+    """
+    outlets = table._outlets
+    seen = {time.index(max(time))}
+    todo = list(seen)
+    while todo:
+        for at, others in outlets[todo.pop()]:
+            if amount[at]:
+                for d in others:
+                    if d not in seen:
+                        if time[d] < least:
+                            return False
+                        seen.add(d)
+                        todo.append(d)
+    return True
