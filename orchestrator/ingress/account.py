@@ -55,13 +55,20 @@ class Account:
         self._now_s = now_s
         self._began_s = now_s()
         self._first_s: float | None = None
+        self._reserved = 0
         self._closed = False
 
     def accepted(self, job: Job) -> None:
+        """Take each prompt's place in the queue now, so that a burst of requests cannot pass it together."""
         self._metrics.prompt_tokens.inc(job.prompt_tokens)
+        self._reserved = len(job.prompts)
+        self._queue.add(self._reserved, 0)
 
     def submitted(self) -> None:
-        self._queue.add(1, 0)
+        if self._reserved:
+            self._reserved -= 1
+        else:
+            self._queue.add(1, 0)
 
     def progressed(self, tokens: int, gap_s: float | None) -> None:
         self._metrics.generated_tokens.inc(tokens)
@@ -81,6 +88,8 @@ class Account:
         if self._closed:
             return
         self._closed = True
+        self._queue.add(-self._reserved, 0)
+        self._reserved = 0
         self._metrics.requests.labels(self._endpoint, str(status)).inc()
         prompt, cached, generated = 0, 0, 0
         if job is not None and generation is not None:

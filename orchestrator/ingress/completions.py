@@ -39,10 +39,11 @@ class Completions:
         echo = body.boolean("echo")
         if echo and logprobs is not None:
             raise unsupported("echo", "log-probabilities of a prompt are not computed; leave out echo or logprobs")
-        wish = body.integer("max_tokens", DEFAULT_MAX_TOKENS, 1, 2**31 - 1)
+        wish = body.integer("max_tokens", None, 1, 2**31 - 1)
         stops = read_stops(body)
         prompts = await self._prompts(body, tokenizer)
-        most = fit_context(prompts, wish, max_model_len, "prompt")
+        fits = fit_context(prompts, wish, max_model_len, "prompt")
+        most = min(fits, DEFAULT_MAX_TOKENS) if wish is None else fits
         return Job(
             model=body.text("model"),
             prompts=prompts,

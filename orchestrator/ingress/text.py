@@ -108,36 +108,33 @@ class StopMatcher:
 
     def push(self, text: str) -> str:
         """Text that is certain not to belong to a stop string. After a match nothing comes any more."""
-        if not self._stops or self.matched is not None:
-            return "" if self._stops else text
-        buffer = self._held + text
-        end = self._find(buffer)
-        if end is None:
-            keep = len(buffer) - self._partial(buffer)
-        else:
-            assert self.matched is not None
-            keep = end - len(self.matched)
-        self._held = buffer[keep:] if end is None else ""
-        return buffer[:keep]
+        if self.matched is not None:
+            return ""
+        if not self._stops:
+            return text
+        buffer, self._held = self._held + text, ""
+        certain = self._find(buffer)
+        if self.matched is None:
+            certain = len(buffer) - max(_overlap(buffer, stop) for stop in self._stops)
+            self._held = buffer[certain:]
+        return buffer[:certain]
 
     def flush(self) -> str:
         """What was held back, once no more text will come."""
         held, self._held = self._held, ""
         return held
 
-    def _find(self, buffer: str) -> int | None:
+    def _find(self, buffer: str) -> int:
+        """Where the first complete stop string begins; sets ``matched`` if there is one."""
         found = [(at + len(stop), at, stop) for stop in self._stops if (at := buffer.find(stop)) >= 0]
         if not found:
-            return None
-        end, _, self.matched = min(found)
-        return end
-
-    def _partial(self, buffer: str) -> int:
-        """Length of the longest suffix of ``buffer`` that begins a stop string."""
-        return max(_overlap(buffer, stop) for stop in self._stops)
+            return len(buffer)
+        _, start, self.matched = min(found)
+        return start
 
 
 def _overlap(buffer: str, stop: str) -> int:
+    """Length of the longest suffix of ``buffer`` that begins ``stop``."""
     for length in range(min(len(stop) - 1, len(buffer)), 0, -1):
         if buffer.endswith(stop[:length]):
             return length

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import pytest
-from concertina.errors import OperatorError
+from concertina.errors import InternalError, OperatorError
+from concertina.orchestrator.ingress.following import follow
 from concertina.orchestrator.ingress.members import Member, NoWorker, StreamLost
 from concertina.orchestrator.ingress.prefixes import BLOCK, PrefixMemory
 from concertina.orchestrator.ingress.router import Router
@@ -252,6 +253,32 @@ def test_draining_and_leaving() -> None:
         got += [output async for output in stream]
         assert tokens_of(got) == reference(ask(max_tokens=30))
         assert [len(old.requests), len(new.requests)] == [1, 2]
+        await router.close()
+
+    run(main())
+
+
+def test_follows_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source that fails is asked again, and the members stay until it answers."""
+    monkeypatch.setattr("concertina.orchestrator.ingress.following.RETRY_S", 0.001)
+
+    async def main() -> None:
+        workers, asked = [ToyWorker("w0"), ToyWorker("w1")], 0
+
+        async def source() -> AsyncIterator[Sequence[Member]]:
+            nonlocal asked
+            asked += 1
+            if asked == 2:
+                raise InternalError("restarting")
+            yield [w.member for w in workers[:asked]]
+
+        router = Router(connect_to(workers))
+        task = asyncio.create_task(follow(router, source))
+        await until(lambda: asked >= 2)
+        assert [lane.member.name for lane in router.lanes] == ["w0"]
+        await until(lambda: len(router.lanes) == 2)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
         await router.close()
 
     run(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import socket
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -15,6 +16,7 @@ from concertina.orchestrator.ingress.app import create_app
 from concertina.orchestrator.ingress.members import Connect, Member
 from concertina.orchestrator.ingress.router import Router
 from concertina.orchestrator.ingress.settings import IngressSettings
+from concertina.workers.frontend import Frontend
 from concertina.workers.protocol import EngineLoad, EngineOutput, EngineRequest, TokenLogprob
 
 T = TypeVar("T")
@@ -202,3 +204,53 @@ class Front:
             await asyncio.sleep(0.005)
         self._up.set()
         await serving
+
+
+class ToyEngine:
+    """An `EngineDoor` in a thread: the toy model behind a worker's real frontend."""
+
+    def __init__(self) -> None:
+        self.requests: list[EngineRequest] = []
+        self.aborted: set[str] = set()
+        self._inbox: queue.Queue[EngineRequest | None] = queue.Queue()
+        self._running: dict[str, tuple[EngineRequest, list[int]]] = {}
+        self.frontend = Frontend(self, "127.0.0.1", 0, "secret")
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    @property
+    def load(self) -> EngineLoad:
+        return EngineLoad(running=len(self._running))
+
+    def submit(self, request: EngineRequest) -> None:
+        self.requests.append(request)
+        self._inbox.put(request)
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.add(request_id)
+
+    def close(self) -> None:
+        self._inbox.put(None)
+        self._thread.join(20)
+        self.frontend.close()
+
+    def _run(self) -> None:
+        while self._take():
+            outputs = [self._step(name, *state) for name, state in list(self._running.items())]
+            self.frontend.emit(outputs)
+            threading.Event().wait(0.002)
+
+    def _take(self) -> bool:
+        while not self._running or not self._inbox.empty():
+            request = self._inbox.get()
+            if request is None:
+                return False
+            self._running[request.id] = (request, list(request.prompt))
+        return True
+
+    def _step(self, name: str, request: EngineRequest, tokens: list[int]) -> EngineOutput:
+        tokens.append(walk(tokens, request.sampling.seed or 0))
+        ended = len(tokens) - len(request.prompt) >= request.sampling.max_tokens
+        if ended or name in self.aborted:
+            del self._running[name]
+        return EngineOutput(name, (tokens[-1],), "length" if ended else None)
