@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ...errors import InternalError
+from ...errors import InternalError, OperatorError
 from ...workers import client
 from ...workers.protocol import EngineLoad, EngineOutput, EngineRequest
 
@@ -25,6 +25,11 @@ class Member:
         Tokens per second relative to the other members'; requests are shared out accordingly.
     draining : bool
         Gets no new request; those that run there go on.
+
+    Raises
+    ------
+    OperatorError
+        The speed is not positive.
     """
 
     name: str
@@ -33,6 +38,10 @@ class Member:
     token: str = field(default="", repr=False)
     speed: float = 1.0
     draining: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.speed > 0:
+            raise OperatorError(f"ingress: member {self.name}: speed: {self.speed!r}: expected more than 0")
 
 
 class WorkerClient(Protocol):

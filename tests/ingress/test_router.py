@@ -293,6 +293,8 @@ def test_a_new_address_is_a_new_worker() -> None:
         assert next(iter(router.lanes)) is before
         router.update([Member(worker.name, "toy", 2)])
         assert next(iter(router.lanes)) is not before
+        with pytest.raises(OperatorError, match="speed"):
+            Member("slow", "toy", 1, speed=0)
         with pytest.raises(OperatorError, match="names repeat"):
             router.update([worker.member, worker.member])
         await router.close()
