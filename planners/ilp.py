@@ -80,6 +80,8 @@ def _prove(search: LayerSearch, params: Params, gap: float, limit_s: float) -> s
 
 
 def _status(result: MilpResult, search: LayerSearch, gap: float, restricted: bool) -> str:
+    if search.best is None:
+        return result.status
     if search.excess_s <= gap * search.cost_s * 1.01:
         return "optimal"
     return "restricted" if restricted else result.status

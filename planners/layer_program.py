@@ -31,6 +31,8 @@ class LayerProgram:
         Binary variable of every (unit, device) offered.
     share : list of dict
         Share variables: one table, or one per case where shares are re-split per batch.
+    node : dict
+        Whether a unit is on a node, by (unit, node); empty unless several nodes are asked for.
     time : list
         The layer's time in every case.
     level, over : variable, list of variable
@@ -43,6 +45,7 @@ class LayerProgram:
     objective: Objective
     replica: Cells
     share: list[Cells]
+    node: Cells
     time: list[Any]
     level: Any
     over: list[Any]
@@ -69,6 +72,9 @@ class LayerProgram:
             x.setInitialValue(1 if k in share else 0)
             for table in self.share:
                 table[k].setInitialValue(share.get(k, 0.0))
+        present = {(u, int(self.layer.node_D[d])) for u, d in share}
+        for k, variable in self.node.items():
+            variable.setInitialValue(1 if k in present else 0)
         for variable, value in zip(self.time, time_C.tolist(), strict=True):
             variable.setInitialValue(value * (1 + 1e-9))
         if self.level is not None:
@@ -96,7 +102,7 @@ def add_layer(model: Any, layer: LayerProblem, objective: Objective, offered_UD:
     tables = len(layer.tokens_CU) if objective.split == "per_batch" else 1
     share = [{k: pulp.LpVariable(f"y_{name}_{t}_{k[0]}_{k[1]}", 0, 1) for k in keys} for t in range(tables)]
     time = [pulp.LpVariable(f"t_{name}_{c}", 0) for c in range(len(layer.tokens_CU))]
-    _add_rules(model, layer, replica)
+    node = _add_rules(model, layer, replica)
     for table in share:
         _add_shares(model, layer, replica, table)
     for c, variable in enumerate(time):
@@ -104,11 +110,11 @@ def add_layer(model: Any, layer: LayerProblem, objective: Objective, offered_UD:
     level, over, cost = _add_risk(model, layer, objective, time)
     held = layer.held_UD
     moves = pulp.lpSum(float(layer.moved_byte_s * layer.bytes_U[k[0]]) * x for k, x in replica.items() if not held[k])
-    return LayerProgram(layer, objective, replica, share, time, level, over, cost + moves)
+    return LayerProgram(layer, objective, replica, share, node, time, level, over, cost + moves)
 
 
-def _add_rules(model: Any, layer: LayerProblem, replica: Cells) -> None:
-    """Eq. 2 and 3, pins and nodes."""
+def _add_rules(model: Any, layer: LayerProblem, replica: Cells) -> Cells:
+    """Eq. 2 and 3, pins and nodes; returns the node variables."""
     on: list[list[tuple[int, Any]]] = [[] for _ in range(layer.devices)]
     for (u, d), x in replica.items():
         on[d].append((u, x))
@@ -119,21 +125,19 @@ def _add_rules(model: Any, layer: LayerProblem, replica: Cells) -> None:
             model += pulp.lpSum(float(layer.bytes_U[u]) / room * x for u, x in here) <= 1
     for u, d in zip(*np.nonzero(layer.pinned_UD), strict=True):
         model += replica[int(u), int(d)] == 1
-    if layer.min_nodes > 1:
-        _add_nodes(model, layer, replica)
+    return _add_nodes(model, layer, replica) if layer.min_nodes > 1 else {}
 
 
-def _add_nodes(model: Any, layer: LayerProblem, replica: Cells) -> None:
+def _add_nodes(model: Any, layer: LayerProblem, replica: Cells) -> Cells:
     on_node: dict[tuple[int, int], list[Any]] = {}
     for (u, d), x in replica.items():
         on_node.setdefault((u, int(layer.node_D[d])), []).append(x)
-    covered: list[list[Any]] = [[] for _ in range(layer.units)]
-    for (u, n), xs in on_node.items():
-        variable = pulp.LpVariable(f"n_l{layer.layer}_{u}_{n}", 0, 1)
-        model += variable <= pulp.lpSum(xs)
-        covered[u].append(variable)
-    for variables in covered:
-        model += pulp.lpSum(variables) >= layer.min_nodes
+    node = {k: pulp.LpVariable(f"n_l{layer.layer}_{k[0]}_{k[1]}", 0, 1) for k in on_node}
+    for k, xs in on_node.items():
+        model += node[k] <= pulp.lpSum(xs)
+    for u in range(layer.units):
+        model += pulp.lpSum(variable for k, variable in node.items() if k[0] == u) >= layer.min_nodes
+    return node
 
 
 def _add_shares(model: Any, layer: LayerProblem, replica: Cells, share: Cells) -> None:

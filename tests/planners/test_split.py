@@ -1,0 +1,77 @@
+"""The per-batch split; invariants P-7, P-8."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from concertina.errors import OperatorError
+from concertina.planners.placement import Replica
+from concertina.planners.split import SplitTable, split
+from concertina.planners.split_reference import best_split_lp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def table(rng: np.random.Generator, experts: int, devices: int, mixed: bool) -> SplitTable:
+    """Random replicas with random shares; slots do not matter here."""
+    rows = []
+    for _ in range(experts):
+        on = rng.permutation(devices)[: rng.integers(1, min(devices, 4) + 1)]
+        share = rng.dirichlet(np.ones(len(on)))
+        rows.append([Replica(int(d), 0, float(max(s, 1e-6))) for d, s in zip(on, share, strict=True)])
+    rate = rng.choice([0.5, 1.0, 3.0], devices) if mixed else np.ones(devices)
+    return SplitTable(rows, rate, rng.random(devices) * 20 if mixed else None)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 24), st.integers(1, 9), st.booleans(), st.integers(0, 2000))
+def test_split_adds_up_and_never_loses_to_fixed_shares(
+    seed: int, experts: int, devices: int, mixed: bool, most: int
+) -> None:
+    """P-7: whole tokens that add up per expert, none negative, and never slower than the fixed shares."""
+    rng = np.random.default_rng(seed)
+    t = table(rng, experts, devices, mixed)
+    tokens = rng.integers(0, most + 1, experts)
+    tokens_R = split(t, tokens)
+    assert (tokens_R >= 0).all()
+    assert np.bincount(t.expert_R, weights=tokens_R, minlength=experts).tolist() == tokens.tolist()
+    assert t.time_D(tokens_R).max() <= t.time_D(t.by_share(tokens)).max() + 1e-9
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 16), st.integers(2, 8), st.booleans())
+def test_split_is_close_to_the_linear_program(seed: int, experts: int, devices: int, mixed: bool) -> None:
+    """P-8: within the tolerance and the grain of whole tokens of the optimum, given sweeps enough."""
+    rng = np.random.default_rng(seed)
+    t = table(rng, experts, devices, mixed)
+    tokens = rng.integers(0, 5000, experts)
+    best, part_R = best_split_lp(t, tokens)
+    assert t.time_D(part_R).max() == pytest.approx(best, rel=1e-6)
+    got = t.time_D(split(t, tokens, tolerance=1e-3, sweeps=300)).max()
+    grain = 2 * devices * float(t.token_s_D.max())
+    assert best * (1 - 1e-6) <= got <= best * 1.01 + grain
+
+
+def test_a_chain_of_replicas_carries_tokens_across() -> None:
+    """Load must flow from device 0 to 3 through experts that overlap pairwise; fixed shares leave 0 alone."""
+    rows = [[Replica(d, 0, 0.5), Replica(d + 1, 0, 0.5)] for d in range(3)]
+    t = SplitTable(rows, np.ones(4))
+    tokens = np.array([3000, 1000, 0])
+    got = split(t, tokens, tolerance=1e-4, sweeps=100)
+    assert t.time_D(got).max() == pytest.approx(best_split_lp(t, tokens)[0], rel=2e-3)
+
+
+def test_no_tokens_and_single_replicas() -> None:
+    t = SplitTable([[Replica(0, 0)], [Replica(1, 0)]], np.ones(2))
+    assert split(t, np.array([0, 0])).tolist() == [0, 0]
+    assert split(t, np.array([5, 7])).tolist() == [5, 7]
+    assert best_split_lp(t, np.array([0, 0]))[0] == 0.0
+
+
+def test_bad_tables_are_refused() -> None:
+    with pytest.raises(OperatorError, match="token_s_D"):
+        SplitTable([[Replica(0, 0)]], np.array([0.0]))
+    with pytest.raises(OperatorError, match="device: 3; expected below 1"):
+        SplitTable([[Replica(3, 0)]], np.array([1.0]))
+    with pytest.raises(OperatorError, match="fixed_s_D"):
+        SplitTable([[Replica(0, 0)]], np.array([1.0]), np.zeros(2))
