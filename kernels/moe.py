@@ -1,6 +1,7 @@
 """The experts of one layer: a plain reference and the kernels that replace it.
 
-Shapes: T tokens, H hidden, K chosen experts per token, E local experts, I inner width. Every kernel is called
+Shapes: T tokens, H hidden, K chosen experts per token, N = choices served here, E local experts, I inner width. Every
+kernel is called
 
     y_TH = kernel(x_TH, ids_TK, weights_TK, w13, w2)
 
@@ -19,8 +20,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .capabilities import float32_is_faster
+
 ExpertWeights = Sequence[Tensor] | Tensor
 MoeKernel = Callable[[Tensor, Tensor, Tensor, ExpertWeights, ExpertWeights], Tensor]
+
+
+def select_moe_kernel(device_type: str, dtype: torch.dtype) -> MoeKernel:
+    """The fastest kernel for a device type (``"cpu"``, ``"cuda"``, ...) and data type.
+
+    Native kernels are chosen here; whoever runs experts asks here and nowhere else.
+    """
+    return widening_moe if float32_is_faster(device_type, dtype) else fused_moe
 
 
 def moe_reference(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: ExpertWeights, w2: ExpertWeights) -> Tensor:
@@ -41,54 +52,81 @@ def silu_mul(h_N2I: Tensor) -> Tensor:
 
 
 def fused_moe(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: ExpertWeights, w2: ExpertWeights) -> Tensor:
-    """Tokens sorted by expert, two multiplications per expert that has any, everything else once for all."""
-    T, K = ids_TK.shape
-    H, inner = x_TH.shape[1], w2[0].shape[1] if len(w2) else 0
-    if T == 1:
+    """Choices sorted by expert, two products per expert that has any, everything else once for all."""
+    if x_TH.shape[0] == 1:
         return _one_token(x_TH, ids_TK, weights_TK, w13, w2)
-    flat = ids_TK.reshape(-1)
-    sorted_ids, order = flat.sort(stable=True)
-    runs = _runs(sorted_ids)
-    if not runs:
+    return _sorted(x_TH, (ids_TK, weights_TK), (w13, w2), widen=False)
+
+
+def widening_moe(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, w13: ExpertWeights, w2: ExpertWeights) -> Tensor:
+    """As `fused_moe`, but where experts have enough tokens, weights are widened to float32 as they are used."""
+    if x_TH.shape[0] == 1:
+        return _one_token(x_TH, ids_TK, weights_TK, w13, w2)
+    return _sorted(x_TH, (ids_TK, weights_TK), (w13, w2), widen=True)
+
+
+def _sorted(
+    x_TH: Tensor, routes: tuple[Tensor, Tensor], experts: tuple[ExpertWeights, ExpertWeights], widen: bool
+) -> Tensor:
+    (ids_TK, weights_TK), (w13, w2) = routes, experts
+    ids_N, order_N = ids_TK.flatten().sort(stable=True)
+    ids, counts, absent = _runs(ids_N)
+    if not ids:
         return torch.zeros_like(x_TH)
-    x_NH = x_TH[order // K]
-    h_N2I = x_NH.new_empty(T * K, 2 * inner)
-    for e, begin, end in runs:
-        torch.mm(x_NH[begin:end], w13[e].t(), out=h_N2I[begin:end])
-    first = runs[0][1]
-    g_NI = silu_mul(h_N2I[first:])
-    y_NH = torch.zeros_like(x_NH) if first else torch.empty_like(x_NH)
-    for e, begin, end in runs:
-        torch.mm(g_NI[begin - first : end - first], w2[e].t(), out=y_NH[begin:end])
-    y_TKH = torch.empty_like(y_NH).index_copy_(0, order, y_NH).view(T, K, H)
-    return torch.bmm(weights_TK.to(x_TH.dtype).unsqueeze(1), y_TKH).squeeze(1)
+    order_N = order_N[absent:]
+    token_N = order_N // ids_TK.shape[1]
+    multiply = _Widen() if widen and _repays(w13[0], sum(counts) / len(ids)) else _multiply
+    x_NH = (x_TH.float() if multiply is not _multiply else x_TH).index_select(0, token_N)
+    h_N2I = x_NH.new_empty(x_NH.shape[0], w13[0].shape[0])
+    for e, x, h in zip(ids, torch.split(x_NH, counts), torch.split(h_N2I, counts), strict=True):
+        multiply(x, w13[e], h)
+    g_NI = silu_mul(h_N2I)
+    y_NH = x_NH  # whose values are not needed any more
+    for e, g, y in zip(ids, torch.split(g_NI, counts), torch.split(y_NH, counts), strict=True):
+        multiply(g, w2[e], y)
+    weight_N1 = weights_TK.flatten().index_select(0, order_N).unsqueeze(1)
+    sum_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
+    return sum_TH.index_add_(0, token_N, y_NH.float().mul_(weight_N1)).to(x_TH.dtype)
 
 
-def _runs(sorted_ids: Tensor) -> list[tuple[int, int, int]]:
-    """(expert, first row, end row) for every expert that occurs; absent choices (-1) come first and are left out."""
-    ids, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
-    runs, begin = [], 0
-    for e, n in zip(ids.tolist(), counts.tolist(), strict=True):
-        if e >= 0:
-            runs.append((e, begin, begin + n))
-        begin += n
-    return runs
+def _runs(sorted_ids: Tensor) -> tuple[list[int], list[int], int]:
+    """Experts that occur, how often, and how many choices are absent (-1; they come first)."""
+    found, often = torch.unique_consecutive(sorted_ids, return_counts=True)
+    ids, counts = found.tolist(), often.tolist()
+    if ids and ids[0] < 0:
+        return ids[1:], counts[1:], counts[0]
+    return ids, counts, 0
+
+
+def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    torch.mm(x, weight.t(), out=out)
+
+
+def _repays(weight: Tensor, rows: float) -> bool:
+    """Whether widening pays at so many rows per expert: early if the copy stays in a core's second-level cache."""
+    return rows >= (4 if weight.numel() <= 1 << 18 else 64)
+
+
+class _Widen:
+    """`_multiply` of float32 by narrower weights, with one scratch for all weights of a call."""
+
+    def __init__(self) -> None:
+        self._scratch = torch.empty(0, dtype=torch.float32)
+
+    def __call__(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        if self._scratch.numel() < weight.numel():
+            self._scratch = torch.empty(weight.numel(), dtype=torch.float32)
+        wide = self._scratch[: weight.numel()].view(weight.shape).copy_(weight)
+        torch.mm(x, wide.t(), out=out)
 
 
 def _one_token(x_1H: Tensor, ids_1K: Tensor, weights_1K: Tensor, w13: ExpertWeights, w2: ExpertWeights) -> Tensor:
     chosen = [(k, e) for k, e in enumerate(ids_1K[0].tolist()) if e >= 0]
     if not chosen:
         return torch.zeros_like(x_1H)
-    h_K2I = torch.cat([torch.mm(x_1H, w13[e].t()) for _, e in chosen])
-    g_KI = silu_mul(h_K2I)
-    y_KH = torch.cat([torch.mm(g_KI[i : i + 1], w2[e].t()) for i, (_, e) in enumerate(chosen)])
-    weights = weights_1K if len(chosen) == weights_1K.shape[1] else weights_1K[:, [k for k, _ in chosen]]
-    return torch.mm(weights.to(x_1H.dtype), y_KH)
-
-
-def select_moe_kernel(device_type: str, dtype: torch.dtype) -> MoeKernel:
-    """The fastest kernel here for a device type (``"cpu"``, ``"cuda"``, ...) and data type.
-
-    Native kernels are chosen here; whoever runs experts asks here and nowhere else.
-    """
-    return fused_moe
+    g_KI = silu_mul(torch.cat([functional.linear(x_1H, w13[e]) for _, e in chosen]))
+    rows = g_KI.split(1)
+    y_KH = torch.cat([functional.linear(g, w2[e]) for g, (_, e) in zip(rows, chosen, strict=True)])
+    if len(chosen) < weights_1K.shape[1]:
+        weights_1K = weights_1K[:, [k for k, _ in chosen]]
+    return torch.mm(weights_1K, y_KH.float()).to(x_1H.dtype)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...kernels.linear import linear
 from ...kernels.norm import rms_norm
 from ..families.base import GqaAttention, ModelConfig
 from .kv import KVCache
@@ -49,7 +50,7 @@ class GqaLayer:
 
     def _project(self, x_TH: Tensor) -> Tensor:
         a = self._a
-        qkv = functional.linear(x_TH, self._qkv, self._bias)
+        qkv = linear(x_TH, self._qkv, self._bias)
         if a.qk_norm == "full":
             q_end, k_end = a.heads * a.head_dim, (a.heads + a.kv_heads) * a.head_dim
             q, k = qkv[:, :q_end], qkv[:, q_end:k_end]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...kernels.linear import linear
 from ...kernels.norm import rms_norm
 from ..families.base import MlaAttention, ModelConfig, Rope
 from .kv import KVCache
@@ -54,7 +55,7 @@ class MlaLayer:
     def __call__(self, x_TH: Tensor, tables: tuple[Tensor, Tensor], plan: AttentionPlan, kv: KVCache) -> Tensor:
         """The heads' outputs side by side, [T, heads * v_dim], before the output projection."""
         a = self._a
-        mixed = functional.linear(x_TH, self._qkv_a, self._bias)
+        mixed = linear(x_TH, self._qkv_a, self._bias)
         entry_TW = mixed[:, -(a.kv_lora_rank + a.rope_dim) :]
         q_ThD = self._queries(mixed[:, : -(a.kv_lora_rank + a.rope_dim)])
         latent = entry_TW[:, : a.kv_lora_rank]
@@ -68,7 +69,7 @@ class MlaLayer:
         a = self._a
         q = q_TR
         if self._q_b is not None:
-            q = functional.linear(rms_norm(q_TR, self._q_norm, a.norm_eps), self._q_b)
+            q = linear(rms_norm(q_TR, self._q_norm, a.norm_eps), self._q_b)
         return q.reshape(-1, a.heads, a.nope_dim + a.rope_dim)
 
     def _attend(self, q_ThD: Tensor, entry_TW: Tensor, plan: AttentionPlan, kv: KVCache) -> Tensor:
@@ -103,7 +104,7 @@ class MlaLayer:
     def _prefill(self, q_NhD: Tensor, seen_LW: Tensor, prefill: Prefill) -> Tensor:
         a = self._a
         latent, rope_key = torch.split(seen_LW, [a.kv_lora_rank, a.rope_dim], dim=-1)
-        up = functional.linear(latent, self._kv_b).view(latent.shape[0], a.heads, -1)
+        up = linear(latent, self._kv_b).view(latent.shape[0], a.heads, -1)
         k_nope, v = torch.split(up, [a.nope_dim, a.v_dim], dim=-1)
         k = torch.cat((k_nope, rope_key.unsqueeze(1).expand(-1, a.heads, -1)), dim=-1)
         # Equal widths keep SDPA's fused kernel, which never holds all scores.

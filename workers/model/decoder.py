@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...kernels.linear import add_linear, linear
 from ...kernels.moe import silu_mul
 from ...kernels.norm import rms_norm
 from ...kernels.routing import sigmoid_group_top_k, softmax_top_k
@@ -65,14 +66,14 @@ class Decoder:
         return _Layer(
             attention=kind(self.config, layer, t, self._rope),
             attention_norm=t["attention_norm"],
-            out=t["o"].t(),
+            out=t["o"],
             out_bias=t.get("o_bias"),
             mlp_norm=t["mlp_norm"],
             moe=moe,
             router=t.get("router"),
             router_bias=t.get("router_bias"),
             gate_up=t.get("gate_up"),
-            down=t["down"].t() if "down" in t else None,
+            down=t.get("down"),
         )
 
     @torch.inference_mode()
@@ -92,7 +93,7 @@ class Decoder:
         eps = self.config.rms_eps
         for layer in self._layers:
             seen = layer.attention(rms_norm(x_TH, layer.attention_norm, eps), tables, plan, kv)
-            x_TH = torch.addmm(x_TH, seen, layer.out)
+            x_TH = add_linear(x_TH, seen, layer.out)
             if layer.out_bias is not None:
                 x_TH += layer.out_bias
             x_TH = self._mlp(layer, x_TH, rms_norm(x_TH, layer.mlp_norm, eps))
@@ -103,13 +104,13 @@ class Decoder:
         if layer.moe is not None:
             x_TH = x_TH + self.experts(layer.moe, h_TH, *self._route(layer, h_TH))
         if layer.gate_up is not None and layer.down is not None:
-            x_TH = torch.addmm(x_TH, silu_mul(functional.linear(h_TH, layer.gate_up)), layer.down)
+            x_TH = add_linear(x_TH, silu_mul(linear(h_TH, layer.gate_up)), layer.down)
         return x_TH
 
     def _route(self, layer: _Layer, h_TH: Tensor) -> tuple[Tensor, Tensor]:
         router = self.config.router
         assert layer.router is not None
-        logits_TE = functional.linear(h_TH.to(layer.router.dtype), layer.router)
+        logits_TE = linear(h_TH.to(layer.router.dtype), layer.router)
         if router.kind == "softmax":
             return softmax_top_k(logits_TE, router.top_k, router.normalise)
         assert layer.router_bias is not None
@@ -119,9 +120,10 @@ class Decoder:
         return ids_TK, weights_TK * router.scale
 
     def _logits(self, x_TH: Tensor, batch: Batch) -> Tensor:
-        wanted = list(batch.logits_rows)
-        x_RH = x_TH if wanted == list(range(batch.tokens)) else x_TH[wanted]
-        return functional.linear(rms_norm(x_RH, self._norm, self.config.rms_eps), self._head).float()
+        if list(batch.logits_rows) != list(range(batch.tokens)):
+            rows_R = torch.tensor(batch.logits_rows, dtype=torch.int64, device=self.device)
+            x_TH = x_TH.index_select(0, rows_R)
+        return linear(rms_norm(x_TH, self._norm, self.config.rms_eps), self._head).float()
 
     def _idle(self) -> Tensor:
         nothing = torch.empty(0, self.config.hidden_size, dtype=self.dtype, device=self.device)

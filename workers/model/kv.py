@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -75,6 +77,12 @@ class KVCache:
     def write(self, layer: int, blocks_T: Tensor, places_T: Tensor, entries_TW: Tensor) -> None:
         """Store one entry per token at (block, place within the block)."""
         self.layers[layer].index_put_((blocks_T, places_T), entries_TW)
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Fill blocks with zeros; masked entries are multiplied by 0, which does not hide what is not finite."""
+        index = torch.tensor(blocks, dtype=torch.int64, device=self.layers[0].device)
+        for layer in self.layers:
+            layer.index_fill_(0, index, 0.0)
 
     def gather(self, layer: int, tables_SB: Tensor) -> Tensor:
         """A copy [S, B * block_tokens, width] of the blocks that ``tables_SB`` (int64) lists."""

@@ -90,7 +90,10 @@ def _blocks(length: int, rules: PlanRules) -> int:
 
 
 def _tables(batch: Batch, lengths: Sequence[int], rules: PlanRules) -> Tensor:
-    """Block tables padded with block 0 to the longest; padding is never written and always masked."""
+    """Block tables padded with the sequence's own last block to the longest; padding is never written, always masked.
+
+    Another sequence's block could hold values that are not finite, which a mask does not stop.
+    """
     needs = [_blocks(length, rules) for length in lengths]
     widest = max(needs, default=1)
     rows = []
@@ -99,7 +102,7 @@ def _tables(batch: Batch, lengths: Sequence[int], rules: PlanRules) -> Tensor:
             raise InternalError(
                 f"batch: sequence {s}: {lengths[s]} tokens need {need} KV blocks, its table has {len(table)}"
             )
-        rows.append([*table[:need], *[0] * (widest - need)])
+        rows.append([*table[:need], *[table[need - 1]] * (widest - need)])
     return torch.tensor(rows, dtype=torch.int64, device=rules.device).view(-1, widest)
 
 
