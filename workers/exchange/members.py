@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from ...errors import InternalError, OperatorError, PeerLost
 from . import futex
@@ -84,7 +84,7 @@ class Members:
                 return PeerLost(rank, "its process ended")
         return None
 
-    def left(self, ranks: Iterable[int]) -> PeerLost | None:
+    def left(self, ranks: Sequence[int]) -> PeerLost | None:
         """One of ``ranks`` that has left, if there is one."""
         return next((PeerLost(r, "it left the exchange") for r in ranks if self._lines[r][0] == _LEFT), None)
 
@@ -96,15 +96,38 @@ class Members:
 
 
 class Patience:
-    """How long each peer has shown no sign of life, as seen from one waiting loop."""
+    """What one waiting loop knows about the peers that it waits for.
 
-    def __init__(self, members: Members, timeout_s: float, now_s: float) -> None:
-        self._members, self._timeout_s = members, timeout_s
-        self._beats = members.beats()
-        self._since_s = [now_s] * len(self._beats)
+    Parameters
+    ----------
+    timeout_s : float
+        A peer without a sign of life this long is lost.
+    check_s : float
+        Peers are looked at no more often than this.
+    """
 
-    def hung(self, ranks: Iterable[int], now_s: float) -> PeerLost | None:
-        """One of ``ranks`` that has not beaten for the time-out, if there is one."""
+    def __init__(self, members: Members, timeout_s: float, check_s: float) -> None:
+        self._members, self._timeout_s, self._check_s = members, timeout_s, check_s
+        self.renew()
+
+    def renew(self) -> None:
+        """Something has arrived: every time-out begins anew at the next look."""
+        self._beats: list[int] = []
+        self._since_s: list[float] = []
+        self._looked_s = 0.0
+
+    def examine(self, ranks: Sequence[int], now_s: float) -> PeerLost | None:
+        """A peer that has died, or one of ``ranks`` that has left or hangs, if there is one."""
+        if not self._beats:
+            self._beats = self._members.beats()
+            self._since_s = [now_s] * len(self._beats)
+            self._looked_s = now_s
+        if now_s - self._looked_s < self._check_s:
+            return None
+        self._looked_s = now_s
+        return self._members.dead() or self._members.left(ranks) or self._hung(ranks, now_s)
+
+    def _hung(self, ranks: Sequence[int], now_s: float) -> PeerLost | None:
         for rank, beat in enumerate(self._members.beats()):
             if beat != self._beats[rank]:
                 self._beats[rank], self._since_s[rank] = beat, now_s

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ...errors import InternalError
+from ...errors import OperatorError
 from ...planners.placement import Placement
 from .base import Exchange
-from .routes import check_ranks, choose_replicas, layer_routes, with_shares
+from .routes import choose_replicas, count_pairs, layer_routes, with_shares
 
 # (layer, x_NH, slots_NK, weights_NK) -> y_NH; slots are this worker's physical experts, -1 for none
 LocalKernel = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 # (layer, counts_E of this worker's batch) -> share_EJ, or None to keep the placement's shares
 Split = Callable[[int, Tensor], Tensor | None]
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    """Rows of one layer's batch, ordered by the rank they go to."""
+class _Batch:
+    """Packed rows ordered by the rank they go to, whose tokens they are, and how many go to each rank."""
 
+    rows_NW: Tensor
     token_N: Tensor
-    slots_NK: Tensor
-    weights_NK: Tensor
     splits: list[int]
 
 
@@ -39,37 +40,44 @@ class ParallelExperts:
     exchange : Exchange
         Of the generation that ``placement`` belongs to.
     placement : Placement
-        Where each expert's replicas are.
+        Where each expert's replicas are; a device's index is its member's rank.
     local : callable
         Runs this worker's physical experts: ``local(layer, x_NH, slots_NK, weights_NK) -> y_NH``, with slots in
         int64, -1 for experts that are elsewhere, and weights in float32. It is not called without rows.
-    ranks : sequence of int, optional
-        Rank of each of the placement's devices; by default a device's index is its rank.
     split : callable, optional
-        Asked once per layer and batch for other shares: ``split(layer, counts_E) -> share_EJ`` (replicas in the
-        placement's order, 0 where an expert has fewer), or None.
+        Asked once per batch of a layer with replicas for other shares: ``split(layer, counts_E) -> share_EJ``
+        (replicas in the placement's order, 0 where an expert has fewer), or None to keep those it has.
     overlap_tokens : int
         With at least this many own rows, they are computed while the peers' rows travel; with fewer, all rows
         go through one call, since small batches spend their time reading each expert's weights, once per call.
+    device : torch.device
+        Where the model's tensors are.
 
     Attributes
     ----------
     counts_LE : Tensor
         int64, pairs of token and expert that this worker has routed since it began. Never reset: readers
         take differences, and the choice among replicas goes on from here.
+
+    Raises
+    ------
+    OperatorError
+        The placement has not one device for each member.
     """
 
     def __init__(
-        self, exchange: Exchange, placement: Placement, local: LocalKernel, ranks: Sequence[int] | None = None,
-        split: Split | None = None, overlap_tokens: int = 256,
+        self, exchange: Exchange, placement: Placement, local: LocalKernel, split: Split | None = None,
+        overlap_tokens: int = 256, device: torch.device = CPU,
     ) -> None:  # fmt: skip
-        ranks = list(range(len(placement.devices))) if ranks is None else list(ranks)
-        check_ranks(placement, ranks, exchange.size)
+        if len(placement.devices) != exchange.size:
+            raise OperatorError(
+                f"placement: devices: expected one for each of the {exchange.size} members, got {placement.devices}"
+            )
         self._exchange, self._local, self._split = exchange, local, split
         self._overlap_tokens = overlap_tokens
-        self._routes = [layer_routes(replicas_E, ranks, torch.device("cpu")) for replicas_E in placement.replicas_LE]
-        self._experts = placement.experts
-        self.counts_LE = torch.zeros((placement.layers, placement.experts), dtype=torch.int64)
+        self._routes = [layer_routes(replicas_E, device) for replicas_E in placement.replicas_LE]
+        self._rank_R11 = torch.arange(exchange.size, device=device).view(-1, 1, 1)
+        self.counts_LE = torch.zeros((placement.layers, placement.experts), dtype=torch.int64, device=device)
 
     def __call__(self, layer: int, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sum of every token's experts.
@@ -81,7 +89,7 @@ class ParallelExperts:
         x_TH : Tensor
             Hidden states.
         ids_TK : Tensor
-            Logical experts, any integer type; -1 for none.
+            Logical experts, any signed integer type; -1 for none.
         weights_TK : Tensor
             Their weights.
 
@@ -96,109 +104,94 @@ class ParallelExperts:
         PeerLost
             A member died, hung or left.
         InternalError
-            An id outside -1..E-1, or shapes that do not fit.
+            An id outside -1..E-1, or ``split`` gave no valid shares.
         """
         rank_TK, slot_TK = self._route(layer, ids_TK.long())
         weights_TK = weights_TK.float()
         if self._exchange.size == 1:
             return self._compute(layer, x_TH, slot_TK, weights_TK)
-        return self._spread(layer, x_TH, self._plan(rank_TK, slot_TK, weights_TK))
+        batch = self._pack(rank_TK, x_TH, slot_TK, weights_TK)
+        begin = sum(batch.splits[: self._exchange.rank])
+        own = slice(begin, begin + batch.splits[self._exchange.rank])
+        spread = self._overlapping if own.stop - own.start >= self._overlap_tokens else self._together
+        back_NH = spread(layer, _Form(x_TH, ids_TK.shape[1]), batch, own)
+        return _sum(back_NH, batch, x_TH)
 
     def _route(self, layer: int, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Rank and slot of every pair; counts them."""
         routes, seen_E = self._routes[layer], self.counts_LE[layer]
-        counts_E = self._count(layer, ids_TK)
-        if not routes.replicated:
-            replica_TK = torch.zeros_like(ids_TK)
-        else:
-            shares = self._split(layer, counts_E) if self._split else None
-            if shares is not None:
-                routes = with_shares(routes, shares, self._experts)
-            replica_TK = choose_replicas(routes, ids_TK, seen_E, self._exchange.rank / self._exchange.size)
-        seen_E += counts_E
-        return routes.rank_EJ[ids_TK, replica_TK], routes.slot_EJ[ids_TK, replica_TK]
+        counts = count_pairs(ids_TK, seen_E.numel())
+        replica_TK = None
+        if routes.replicated:
+            shares = self._split(layer, counts[1:]) if self._split else None
+            routes = routes if shares is None else with_shares(routes, shares)
+            replica_TK = choose_replicas(routes, ids_TK, counts, seen_E, self._exchange.rank / self._exchange.size)
+        seen_E += counts[1:]
+        return routes.places(ids_TK, replica_TK)
 
-    def _count(self, layer: int, ids_TK: Tensor) -> Tensor:
-        low = int(ids_TK.min()) if ids_TK.numel() else -1
-        counts = torch.bincount(ids_TK.flatten() + 1, minlength=self._experts + 1) if low >= -1 else None
-        if counts is None or counts.numel() > self._experts + 1:
-            raise InternalError(
-                f"experts: layer {layer}: expected ids in -1..{self._experts - 1}, got {low}..{int(ids_TK.max())}"
-            )
-        return counts[1:]
-
-    def _plan(self, rank_TK: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> _Plan:
-        hit_RT = (rank_TK == torch.arange(self._exchange.size).view(-1, 1, 1)).any(-1)
+    def _pack(self, rank_TK: Tensor, x_TH: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> _Batch:
+        """A row for each token and each rank that serves it; one dispatch carries hidden states, slots and weights."""
+        elsewhere_RTK = rank_TK != self._rank_R11
+        hit_RT = elsewhere_RTK.all(-1).logical_not_()
         to_N, token_N = hit_RT.nonzero(as_tuple=True)
-        slots_NK = torch.where(rank_TK[token_N] == to_N[:, None], slot_TK[token_N], -1).int()
-        return _Plan(token_N, slots_NK, weights_TK[token_N], hit_RT.sum(1).tolist())
+        row_TW = torch.cat([_words(x_TH), slot_TK.int(), weights_TK.view(torch.int32)], 1)
+        rows_NW = row_TW[token_N]
+        k = slot_TK.shape[1]
+        rows_NW[:, -2 * k : -k].masked_fill_(elsewhere_RTK[to_N, token_N], -1)
+        return _Batch(rows_NW, token_N, hit_RT.sum(1).tolist())
 
-    def _spread(self, layer: int, x_TH: Tensor, plan: _Plan) -> Tensor:
-        own = slice(sum(plan.splits[: self._exchange.rank]), sum(plan.splits[: self._exchange.rank + 1]))
-        if own.stop - own.start < self._overlap_tokens:
-            return self._spread_all(layer, x_TH, plan)
-        return self._spread_others(layer, x_TH, plan, own)
+    def _together(self, layer: int, form: _Form, batch: _Batch, own: slice) -> Tensor:
+        rows_MW, splits = self._exchange.dispatch(batch.rows_NW, batch.splits)
+        return self._exchange.combine(self._compute(layer, *form.unpack(rows_MW)), splits, batch.splits)
 
-    def _spread_all(self, layer: int, x_TH: Tensor, plan: _Plan) -> Tensor:
-        rows, splits = self._exchange.dispatch(_pack(x_TH, plan), plan.splits)
-        part = self._compute(layer, *_unpack(rows, x_TH, plan.slots_NK.shape[1]))
-        back = self._exchange.combine(part, splits, plan.splits)
-        return _sum(back, plan.token_N, plan.splits, x_TH)
-
-    def _spread_others(self, layer: int, x_TH: Tensor, plan: _Plan, own: slice) -> Tensor:
-        """As `_spread_all`, but own rows are not copied and are computed while the others travel."""
-        elsewhere = torch.ones(plan.token_N.numel(), dtype=torch.bool)
-        elsewhere[own] = False
-        sent = [0 if r == self._exchange.rank else n for r, n in enumerate(plan.splits)]
-        away = _Plan(plan.token_N[elsewhere], plan.slots_NK[elsewhere], plan.weights_NK[elsewhere], sent)
-        pending = self._exchange.begin_dispatch(_pack(x_TH, away), sent)
-        own_part = self._compute(layer, x_TH[plan.token_N[own]], plan.slots_NK[own], plan.weights_NK[own])
-        rows, splits = pending.wait()
-        part = self._compute(layer, *_unpack(rows, x_TH, plan.slots_NK.shape[1]))
-        back = self._exchange.combine(part, splits, sent)
-        back = torch.cat([back[: own.start], own_part, back[own.start :]])
-        return _sum(back, plan.token_N, plan.splits, x_TH)
+    def _overlapping(self, layer: int, form: _Form, batch: _Batch, own: slice) -> Tensor:
+        """As `_together`, but own rows do not travel and are computed while the others do."""
+        rows, rank = batch.rows_NW, self._exchange.rank
+        sent = [0 if r == rank else n for r, n in enumerate(batch.splits)]
+        pending = self._exchange.begin_dispatch(torch.cat([rows[: own.start], rows[own.stop :]]), sent)
+        own_part = self._compute(layer, *form.unpack(rows[own]))
+        rows_MW, splits = pending.wait()
+        back = self._exchange.combine(self._compute(layer, *form.unpack(rows_MW)), splits, sent)
+        return torch.cat([back[: own.start], own_part, back[own.start :]])
 
     def _compute(self, layer: int, x_NH: Tensor, slots_NK: Tensor, weights_NK: Tensor) -> Tensor:
         if x_NH.shape[0] == 0:
             return torch.zeros_like(x_NH)
-        return self._local(layer, x_NH, slots_NK.long(), weights_NK).to(x_NH.dtype)
+        return self._local(layer, x_NH, slots_NK, weights_NK).to(x_NH.dtype)
 
 
-def _pack(x_TH: Tensor, plan: _Plan) -> Tensor:
-    """Rows of bytes: hidden state, padding to 8, slots (int32), weights (float32), so that one dispatch carries all."""
-    hidden_bytes, row_bytes = _widths(x_TH, plan.slots_NK.shape[1])
-    rows = torch.empty((plan.token_N.numel(), row_bytes), dtype=torch.uint8)
-    if rows.shape[0] == 0:
-        return rows  # tensors without elements may have strides that cannot be viewed as bytes
-    rows[:, : x_TH.shape[1] * x_TH.element_size()] = x_TH[plan.token_N].view(torch.uint8)
-    k_bytes = 4 * plan.slots_NK.shape[1]
-    rows[:, hidden_bytes : hidden_bytes + k_bytes] = plan.slots_NK.view(torch.uint8)
-    rows[:, hidden_bytes + k_bytes : hidden_bytes + 2 * k_bytes] = plan.weights_NK.view(torch.uint8)
-    return rows
+class _Form:
+    """How to read packed rows: hidden state in whole 32-bit words, K slots (int32), K weights (float32)."""
+
+    def __init__(self, like_TH: Tensor, k: int) -> None:
+        self._hidden, self._dtype, self._k = like_TH.shape[1], like_TH.dtype, k
+
+    def unpack(self, rows_NW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        words, slots, weights = rows_NW.split([rows_NW.shape[1] - 2 * self._k, self._k, self._k], 1)
+        if rows_NW.shape[0] == 0:
+            x = words.new_empty((0, self._hidden), dtype=self._dtype)
+        else:
+            x = words.contiguous().view(self._dtype)[:, : self._hidden].contiguous()
+        return x, slots.long(), weights.contiguous().view(torch.float32)
 
 
-def _unpack(rows: Tensor, like_TH: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states in ``like_TH``'s dtype, slots and weights of packed rows."""
-    hidden_bytes, _ = _widths(like_TH, k)
-    x = rows[:, : like_TH.shape[1] * like_TH.element_size()].contiguous().view(like_TH.dtype)
-    slots = rows[:, hidden_bytes : hidden_bytes + 4 * k].contiguous().view(torch.int32)
-    weights = rows[:, hidden_bytes + 4 * k : hidden_bytes + 8 * k].contiguous().view(torch.float32)
-    return x, slots, weights
+def _words(x_TH: Tensor) -> Tensor:
+    """Rows as int32, padded to whole words."""
+    per_word = max(1, 4 // x_TH.element_size())
+    spare = -x_TH.shape[1] % per_word
+    x_TH = pad(x_TH, (0, spare)) if spare else x_TH.contiguous()
+    if x_TH.shape[0] == 0:
+        return x_TH.new_empty((0, x_TH.shape[1] * x_TH.element_size() // 4), dtype=torch.int32)
+    return x_TH.view(torch.int32)
 
 
-def _widths(x_TH: Tensor, k: int) -> tuple[int, int]:
-    hidden_bytes = -(-x_TH.shape[1] * x_TH.element_size() // 8) * 8
-    return hidden_bytes, hidden_bytes + 8 * k
-
-
-def _sum(back_NH: Tensor, token_N: Tensor, splits: Sequence[int], like_TH: Tensor) -> Tensor:
+def _sum(back_NH: Tensor, batch: _Batch, like_TH: Tensor) -> Tensor:
     """Add up the partial sums in rank order, in float32 (float64 stays as it is)."""
-    acc = torch.zeros(like_TH.shape, dtype=torch.promote_types(like_TH.dtype, torch.float32))
-    start = 0
-    for n in splits:
-        if n:
-            # a rank serves a token once, so no index repeats within a call, and the order of additions is fixed
-            acc.index_add_(0, token_N[start : start + n], back_NH[start : start + n].to(acc.dtype))
-            start += n
+    acc = torch.zeros(like_TH.shape, dtype=torch.promote_types(like_TH.dtype, torch.float32), device=like_TH.device)
+    back_NH = back_NH.to(acc.dtype)
+    if acc.device.type == "cpu":
+        acc.index_add_(0, batch.token_N, back_NH)  # one row after the other
+    else:  # in no fixed order, but a rank serves a token once: one call per rank fixes it
+        for tokens, part in zip(batch.token_N.split(batch.splits), back_NH.split(batch.splits), strict=True):
+            acc.index_add_(0, tokens, part)
     return acc.to(like_TH.dtype)
