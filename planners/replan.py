@@ -22,7 +22,7 @@ from .lacks import lacks
 from .layout import Layout, device_time_D
 from .placement import Placement
 from .problem import PlacementProblem
-from .replan_greedy import LayerSearch
+from .replan_greedy import ReplanSearch
 from .replan_refine import RefineOptions, best_greedy, finished, refine
 from .replan_task import LayerTask
 from .solution import Infeasible, Lack, Progress, StoppingRule
@@ -99,7 +99,7 @@ class _Work:
 
     layer: LayerProblem
     bound_s: float
-    search: LayerSearch
+    search: ReplanSearch
 
     @property
     def reached(self) -> bool:
@@ -196,7 +196,7 @@ def _answer(problem: PlacementProblem, works: list[_Work], reason: str) -> Repla
     )
 
 
-def _layout(search: LayerSearch) -> Layout:
+def _layout(search: ReplanSearch) -> Layout:
     pairs = [(e, d) for e, flow in enumerate(search.state.flow_E) for d in sorted(flow)]
     tokens_R = np.array([search.state.flow_E[e][d] for e, d in pairs])
     return Layout(np.array([e for e, _ in pairs]), np.array([d for _, d in pairs]), tokens_R)

@@ -20,7 +20,7 @@ _SWAPS_TRIED = 40
 
 
 @dataclass(slots=True)
-class LayerSearch:
+class ReplanSearch:
     """A layer's replicas while they are searched.
 
     ``excess`` tokens do not fit below the target (0.0: reached); ``tight`` devices are those it can reach;
@@ -42,7 +42,7 @@ class LayerSearch:
         return len(self.unplaced), self.excess, self.task.new_bytes(self.state)
 
 
-def plan_greedy(task: LayerTask, flexibility: float = 0.65, rounds: int = 400) -> LayerSearch:
+def plan_greedy(task: LayerTask, flexibility: float = 0.65, rounds: int = 400) -> ReplanSearch:
     """Replicas within the task's capacities with few new bytes.
 
     Parameters
@@ -53,7 +53,7 @@ def plan_greedy(task: LayerTask, flexibility: float = 0.65, rounds: int = 400) -
     rounds : int
         Most changes after every expert has a place.
     """
-    search = LayerSearch(task, _kept_state(task))
+    search = ReplanSearch(task, _kept_state(task))
     search.unplaced = tuple(_place_missing(search, flexibility))
     search.relieve()
     for _ in range(rounds):
@@ -82,7 +82,7 @@ def _lightest(task: LayerTask, state: Routing, device: int) -> int:
     return min(free, key=lambda e: (task.tokens_E[e], e))
 
 
-def _place_missing(search: LayerSearch, flexibility: float) -> list[int]:
+def _place_missing(search: ReplanSearch, flexibility: float) -> list[int]:
     """Give every expert its pinned replicas and enough nodes, largest first; returns experts that found no room."""
     task, unplaced = search.task, []
     for e in sorted(range(task.experts), key=lambda e: (-task.tokens_E[e], e)):
@@ -96,7 +96,7 @@ def _place_missing(search: LayerSearch, flexibility: float) -> list[int]:
     return unplaced
 
 
-def _put_anywhere(search: LayerSearch, expert: int, flexibility: float) -> bool:
+def _put_anywhere(search: ReplanSearch, expert: int, flexibility: float) -> bool:
     task, state = search.task, search.state
     nodes = {task.node_D[d] for d in state.flow_E[expert]}
     open_D = [d for d in range(task.devices) if d not in task.forbidden_E[expert] and task.node_D[d] not in nodes]
@@ -116,7 +116,7 @@ def _value(task: LayerTask, state: Routing, expert: int, device: int, flexibilit
     return state.slack(device) - task.read_ED[expert][device] - stiff * flexibility * task.mean_capacity
 
 
-def _put(search: LayerSearch, expert: int, device: int) -> bool:
+def _put(search: ReplanSearch, expert: int, device: int) -> bool:
     change = with_room(search.task, search.state, expert, device)
     if change is None:
         return False
@@ -125,7 +125,7 @@ def _put(search: LayerSearch, expert: int, device: int) -> bool:
     return True
 
 
-def _improve(search: LayerSearch) -> bool:
+def _improve(search: ReplanSearch) -> bool:
     """Apply the change that relieves most per byte (free ones first); False when none helps."""
     best = None
     before = search.task.new_bytes(search.state)
@@ -145,17 +145,17 @@ def _improve(search: LayerSearch) -> bool:
     return True
 
 
-def _changes(search: LayerSearch) -> Iterator[Change]:
+def _changes(search: ReplanSearch) -> Iterator[Change]:
     yield from _swaps(search)
     yield from _additions(search)
 
 
-def tokens_inside(search: LayerSearch) -> list[float]:
+def tokens_inside(search: ReplanSearch) -> list[float]:
     """Tokens of every expert that the tight devices serve."""
     return [sum(t for d, t in flow.items() if d in search.tight) for flow in search.state.flow_E]
 
 
-def _additions(search: LayerSearch) -> list[Change]:
+def _additions(search: ReplanSearch) -> list[Change]:
     """New replicas that lead out of the tight side, the most promising first."""
     task, state, tight = search.task, search.state, search.tight
     inside_E = tokens_inside(search)
@@ -174,7 +174,7 @@ def _additions(search: LayerSearch) -> list[Change]:
     return changes[:_ADDITIONS_TRIED]
 
 
-def _swaps(search: LayerSearch) -> list[Change]:
+def _swaps(search: ReplanSearch) -> list[Change]:
     """New replicas on the tight side exchanged for lighter new ones outside, or moved there: not a byte more."""
     task, state, tight = search.task, search.state, search.tight
     new = task.new_replicas(state)
@@ -213,7 +213,7 @@ def _may_move(task: LayerTask, state: Routing, pair: Pair, target: int) -> bool:
     return state.slack(target) > state.eps and task.fits(state, target, (expert,))
 
 
-def prune(search: LayerSearch) -> None:
+def prune(search: ReplanSearch) -> None:
     """Take back new replicas that turned out not to be needed, the heaviest first."""
     task = search.task
     new = task.new_replicas(search.state)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .milp import MilpOptions
 from .replan_exact import improve_exactly
-from .replan_greedy import LayerSearch, plan_greedy, tokens_inside
+from .replan_greedy import ReplanSearch, plan_greedy, tokens_inside
 from .replan_task import LayerTask
 
 _FLEXIBILITIES = (0.65, 1.0, 0.4, 0.25, 0.0)
@@ -40,7 +40,7 @@ class RefineOptions:
     seconds: float | None = 1.0
 
 
-def best_greedy(task: LayerTask, tries: int = len(_FLEXIBILITIES)) -> LayerSearch:
+def best_greedy(task: LayerTask, tries: int = len(_FLEXIBILITIES)) -> ReplanSearch:
     """The best of several greedy searches; stops at the first that cannot be improved."""
     best = plan_greedy(task, _FLEXIBILITIES[0])
     if all(task.kept_E) and task.min_nodes == 1:  # nothing had to be placed, so flexibility decided nothing
@@ -54,7 +54,7 @@ def best_greedy(task: LayerTask, tries: int = len(_FLEXIBILITIES)) -> LayerSearc
     return best
 
 
-def finished(search: LayerSearch) -> bool:
+def finished(search: ReplanSearch) -> bool:
     """Reached, with as few bytes as any answer must copy."""
     least = search.task.least_bytes() * (1 + _BYTES_TOLERANCE) + 0.999 * _smallest_step(search.task)
     return not search.unplaced and search.excess <= 0 and search.task.new_bytes(search.state) <= least
@@ -67,8 +67,8 @@ def _smallest_step(task: LayerTask) -> float:
 
 
 def refine(
-    search: LayerSearch, options: RefineOptions, seed: int, may_go_on: Callable[[], bool] = lambda: True
-) -> LayerSearch:
+    search: ReplanSearch, options: RefineOptions, seed: int, may_go_on: Callable[[], bool] = lambda: True
+) -> ReplanSearch:
     """Re-arrange a few devices at a time while it helps; never worse than ``search``."""
     rng = random.Random(seed)
     best = search
@@ -79,14 +79,14 @@ def refine(
         limits = MilpOptions(options.seconds, 1e-4, node_limit=options.nodes, warm_start=True)
         state = improve_exactly(best.task, best.state, devices, wanted, limits)
         if state is not None:
-            other = LayerSearch(best.task, state)
+            other = ReplanSearch(best.task, state)
             other.relieve()
             if other.score <= best.score:
                 best = other
     return best
 
 
-def _part(search: LayerSearch, options: RefineOptions, rng: random.Random) -> tuple[list[int], set[int]]:
+def _part(search: ReplanSearch, options: RefineOptions, rng: random.Random) -> tuple[list[int], set[int]]:
     """Devices to re-arrange, and experts that may get replicas there."""
     task, state = search.task, search.state
     if search.excess > 0:
