@@ -34,7 +34,7 @@ def read_config(data: Mapping[str, Any], source: str = "config.json") -> ModelCo
 
 def _read(reader: ConfigReader) -> ModelConfig:
     names = reader.get("architectures")
-    if not isinstance(names, list) or not names or names[0] not in SUPPORTED:
+    if not isinstance(names, list) or names[:1] not in [[name] for name in SUPPORTED]:
         raise reader.fail("architectures", f"a list that begins with one of {', '.join(SUPPORTED)}")
     return SUPPORTED[names[0]].read(reader)
 

@@ -88,6 +88,8 @@ class Decoder:
         attention = self.config.attention
         window = attention.sliding_window if isinstance(attention, GqaAttention) else None
         plan = make_plan(batch, positions_T, PlanRules(kv.block_tokens, window, self.dtype, self.device))
+        if plan.fresh:
+            kv.clear(plan.fresh)
         tables = self._rope.at(positions_T, batch.longest)
         x_TH = functional.embedding(batch.token_ids_T.to(self.device), self._embed)
         eps = self.config.rms_eps

@@ -53,6 +53,7 @@ class KVCache:
         self.num_blocks, self.block_tokens = num_blocks, block_tokens
         self.width = config.attention.kv_width
         flat = buffer_u8[: num_blocks * stride].view(DTYPES[dtype])
+        self._blocks = flat.as_strided((num_blocks, needed // item), (stride // item, 1))
         layer_items = block_tokens * self.width
         self.layers = [
             flat.as_strided(
@@ -80,9 +81,7 @@ class KVCache:
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Fill blocks with zeros; masked entries are multiplied by 0, which does not hide what is not finite."""
-        index = torch.tensor(blocks, dtype=torch.int64, device=self.layers[0].device)
-        for layer in self.layers:
-            layer.index_fill_(0, index, 0.0)
+        self._blocks.index_fill_(0, torch.tensor(blocks, dtype=torch.int64, device=self._blocks.device), 0.0)
 
     def gather(self, layer: int, tables_SB: Tensor) -> Tensor:
         """A copy [S, B * block_tokens, width] of the blocks that ``tables_SB`` (int64) lists."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ class DecodeGroup:
     rows_S : Tensor or None
         Their rows of the batch; None: they are the batch, in order.
     tables_SB : Tensor
-        KV blocks, int64, padded with any block.
+        KV blocks, int64, padded with the sequence's own.
     mask_S11L : Tensor
         0 where a token may look, -inf elsewhere, of the model's type; L = B * block_tokens.
     """
@@ -48,10 +48,15 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """Where each new token's KV goes, and who attends to what."""
+    """Where each new token's KV goes, and who attends to what.
+
+    ``fresh``: blocks that get their first tokens and are not filled. They must be cleared first: what a page held
+    before may read as NaN, and a masked value is weighed with 0, which does not stop a NaN.
+    """
 
     blocks_T: Tensor
     places_T: Tensor
+    fresh: tuple[int, ...]
     decodes: tuple[DecodeGroup, ...]
     prefills: tuple[Prefill, ...]
 
@@ -82,7 +87,15 @@ def make_plan(batch: Batch, positions_T: Tensor, rules: PlanRules) -> AttentionP
     singles = [s for s, n in enumerate(counts) if n == 1]
     decodes = [_decodes(batch, group, lengths, tables_SB, rules) for group in _similar(singles, lengths)]
     prefills = [_prefill(batch, s, lengths[s], tables_SB, rules) for s, n in enumerate(counts) if n > 1]
-    return AttentionPlan(blocks_T, positions_T % rules.block_tokens, tuple(decodes), tuple(prefills))
+    fresh = tuple(_fresh(batch, lengths, rules.block_tokens))
+    return AttentionPlan(blocks_T, positions_T % rules.block_tokens, fresh, tuple(decodes), tuple(prefills))
+
+
+def _fresh(batch: Batch, lengths: Sequence[int], block_tokens: int) -> Iterator[int]:
+    for context, length, table in zip(batch.context_S, lengths, batch.block_tables, strict=True):
+        last, filled = divmod(length, block_tokens)
+        if filled and last * block_tokens >= context:
+            yield table[last]
 
 
 def _blocks(length: int, rules: PlanRules) -> int:
@@ -90,10 +103,7 @@ def _blocks(length: int, rules: PlanRules) -> int:
 
 
 def _tables(batch: Batch, lengths: Sequence[int], rules: PlanRules) -> Tensor:
-    """Block tables padded with the sequence's own last block to the longest; padding is never written, always masked.
-
-    Another sequence's block could hold values that are not finite, which a mask does not stop.
-    """
+    """Block tables padded to the longest with each sequence's last block: masked, and finite if the sequence is."""
     needs = [_blocks(length, rules) for length in lengths]
     widest = max(needs, default=1)
     rows = []
