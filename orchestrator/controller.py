@@ -196,6 +196,8 @@ class Controller:
         worker = self._workers[name]
         try:
             worker.report = await worker.handle.report()
+            if worker.report.serving and worker.address is None:
+                worker.address = await worker.handle.address()
         except InternalError as e:
             worker.report = replace(worker.report, failed=str(e))
 
@@ -276,10 +278,7 @@ class Controller:
         await worker.handle.prepare(self._assignment(record, record.rank_of(effect.worker)))
 
     async def _commit(self, effect: Commit) -> None:
-        worker = self._workers[effect.worker]
-        await worker.handle.commit(effect.generation)
-        if effect.worker in self._record().workers:
-            worker.address = await worker.handle.address()
+        await self._workers[effect.worker].handle.commit(effect.generation)
 
     async def _stop_worker(self, effect: StopWorker) -> None:
         await self._workers.pop(effect.worker).handle.stop()

@@ -37,7 +37,7 @@ class _Handle:
             try:
                 return await method.remote(*args)
             except ray.exceptions.RayTaskError as e:
-                raise cause_of(e) from None
+                raise e.cause from None
             except ray.exceptions.RayActorError as e:
                 raise InternalError(f"{self._what}: its process ended") from e
 
@@ -80,12 +80,6 @@ class RayHands:
 
     def now_s(self) -> float:
         return time.monotonic()
-
-
-def cause_of(error: ray.exceptions.RayTaskError) -> Exception:
-    """What a remote call raised, as it was raised there."""
-    cause: Exception = error.cause
-    return cause
 
 
 def _on(node: str) -> NodeAffinitySchedulingStrategy:

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from ..errors import OperatorError
+from ..errors import InternalError, OperatorError
 from .config import NAMESPACE
 from .status import DeploymentStatus
 
@@ -86,7 +86,23 @@ def _controllers() -> list[str]:
     return [a["name"] for a in actors if a["namespace"] == NAMESPACE and a["name"].startswith(_CONTROLLER)]
 
 
+def ask(reference: Any, timeout_s: float | None = None) -> Any:
+    """The result of a remote call; what it raised is raised as it was there.
+
+    Raises
+    ------
+    InternalError
+        The process that was called has ended.
+    """
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except ray.exceptions.RayTaskError as e:
+        raise e.cause from None
+    except ray.exceptions.RayActorError as e:
+        raise InternalError(f"a process of the deployment has ended: {e}") from e
+
+
 def deployment_status(deployment: str) -> DeploymentStatus:
     """A picture of a running deployment."""
-    status: DeploymentStatus = ray.get(find_controller(deployment).status.remote())
+    status: DeploymentStatus = ask(find_controller(deployment).status.remote())
     return status

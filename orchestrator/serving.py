@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,10 +22,14 @@ from ..errors import OperatorError
 from ..workers.model_files import ModelFiles
 from . import remote
 from .config import NAMESPACE, DeploymentConfig
-from .controller_actor import ControllerService, cause_of
+from .controller_actor import ControllerService
+from .ingress.deployment import ActorMembers, build_ingress
+from .ingress.settings import IngressSettings
+from .planning import max_model_len
 
 _POLL_S = 0.2
 _HEALTH_S = 1.0
+_STOP_S = 10.0
 
 
 def serve_until_stopped(config: DeploymentConfig, address: str | None, verbose: bool) -> None:
@@ -35,18 +40,17 @@ def serve_until_stopped(config: DeploymentConfig, address: str | None, verbose: 
     OperatorError
         The checkpoint, the port, the cluster or the options do not allow it.
     """
+    config = replace(config, checkpoint=os.path.abspath(config.checkpoint))
+    settings = _settings(config, ModelFiles.open(config.checkpoint, config.dtype))
     _check_port_free(config.endpoint.host, config.endpoint.port)
-    if Path(config.checkpoint).exists():
-        ModelFiles.open(config.checkpoint, config.dtype)
-        config = replace(config, checkpoint=os.path.abspath(config.checkpoint))
     console = Console(stderr=True)
     stop = _stop_signals()
     try:
         started = remote.join_or_start(address, config.workers, verbose)
         with _controller(config) as controller:
             starting = controller.start.remote()
-            with _endpoint(config):
-                _bring_up(starting, controller, console)
+            with _endpoint(config, settings) as opening:
+                _bring_up(starting, opening, controller, console)
                 _announce(config, console, started)
                 _watch(controller)
     except KeyboardInterrupt:
@@ -54,6 +58,17 @@ def serve_until_stopped(config: DeploymentConfig, address: str | None, verbose: 
     finally:
         stop()
         ray.shutdown()
+
+
+def _settings(config: DeploymentConfig, model: ModelFiles) -> IngressSettings:
+    endpoint = config.endpoint
+    return IngressSettings(
+        model_names=(endpoint.model_name or os.path.basename(config.checkpoint),),
+        checkpoint=config.checkpoint,
+        max_model_len=max_model_len(config, model),
+        api_keys=endpoint.api_keys,
+        max_waiting=config.engine.max_waiting * config.workers,
+    )
 
 
 def _check_port_free(host: str, port: int) -> None:
@@ -95,39 +110,47 @@ def _controller(config: DeploymentConfig) -> Iterator[Any]:
         yield actor
     finally:
         with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(actor.stop.remote(), timeout=10)
+            ray.get(actor.stop.remote(), timeout=_STOP_S)
         ray.kill(actor)
 
 
-def _bring_up(starting: Any, controller: Any, console: Console) -> None:
-    """Show progress until the first generation serves; a failure is raised as it was."""
+def _bring_up(starting: Any, opening: Future[None], controller: Any, console: Console) -> None:
+    """Show progress until the first generation serves and the endpoint is open; a failure is raised as it was."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("starting", total=None)
-        while not ray.wait([starting], timeout=_POLL_S)[0]:
-            seen = ray.get(controller.progress.remote())
+        started = False
+        while not (started and opening.done()):
+            started = bool(ray.wait([starting], timeout=_POLL_S)[0])
+            if started:
+                remote.ask(starting)  # a failure is known at once
+            seen = remote.ask(controller.progress.remote())
             total = seen.total_bytes or None
             progress.update(task, description=seen.phase, completed=seen.loaded_bytes, total=total)
-    try:
-        ray.get(starting)
-    except ray.exceptions.RayTaskError as e:
-        raise cause_of(e) from None
+    opening.result()
 
 
 @contextlib.contextmanager
-def _endpoint(config: DeploymentConfig) -> Iterator[None]:
-    """The HTTP endpoint in Ray Serve; a Serve instance that was not there before is shut down with it."""
-    from .ingress.deployment import build_ingress
+def _endpoint(config: DeploymentConfig, settings: IngressSettings) -> Iterator[Future[None]]:
+    """The HTTP endpoint in Ray Serve, opening beside the start of the workers.
 
+    A Serve instance that was not there before is shut down with it.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     owns_serve = not _serve_runs()
-    listen = {"host": config.endpoint.host, "port": config.endpoint.port}
-    serve.start(http_options=listen, logging_config={"log_level": "WARNING"})
-    try:
-        serve.run(build_ingress(config, owns_serve), name=config.name, route_prefix="/")
-        yield
-    finally:
-        with contextlib.suppress(ray.exceptions.RayError):
-            serve.shutdown() if owns_serve else serve.delete(config.name)
+    source = ActorMembers(remote.controller_name(config.name), NAMESPACE, config.token)
+
+    def open_it() -> None:
+        listen = {"host": config.endpoint.host, "port": config.endpoint.port}
+        serve.start(http_options=listen, logging_config={"log_level": "WARNING"})
+        serve.run(build_ingress(settings, source), name=config.name, route_prefix="/")
+
+    with ThreadPoolExecutor(1, "endpoint") as pool:
+        try:
+            yield pool.submit(open_it)
+        finally:
+            with contextlib.suppress(ray.exceptions.RayError):
+                serve.shutdown() if owns_serve else serve.delete(config.name)
 
 
 def _serve_runs() -> bool:
@@ -145,5 +168,5 @@ def _announce(config: DeploymentConfig, console: Console, started: bool) -> None
 
 def _watch(controller: Any) -> None:
     while True:
-        ray.get(controller.check.remote())
+        remote.ask(controller.check.remote())
         time.sleep(_HEALTH_S)

@@ -38,6 +38,7 @@ class Worker:
         self._engine: Engine | None = None
         self._frontend: Frontend | None = None
         self._loop: threading.Thread | None = None
+        self._offered = 0
         self._failed = ""
         self._lock = threading.Lock()
 
@@ -70,7 +71,7 @@ class Worker:
         this worker has no part in: it retires at that boundary.
         """
         with self._lock:
-            if generation == self._serving():
+            if generation in (self._serving(), self._offered):
                 return
             part = self._prepared.get(generation)
             if self._engine is None:
@@ -82,6 +83,7 @@ class Worker:
                 self._engine.offer(Retire(generation))
             else:
                 self._engine.offer(Swap(generation, part.decoder, part.kv, part.exchange))
+            self._offered = generation
 
     def address(self) -> tuple[str, int]:
         """Where the ingress connects.

@@ -144,8 +144,17 @@ def _wanted(state: State, snapshot: Snapshot) -> Iterator[Effect]:
     elif stage is Stage.PREPARE:
         yield from (Prepare(w, record.id) for w in record.workers if record.id not in _prepared(w, snapshot))
     else:
-        members = dict.fromkeys([*record.workers, *(state.serving.workers if state.serving else ())])
-        yield from (Commit(w, record.id) for w in members if snapshot.workers[w].serving != record.id)
+        yield from (Commit(w, record.id) for w in record.workers if snapshot.workers[w].serving != record.id)
+        yield from (Commit(w, record.id) for w in _leaving(state, snapshot))
+
+
+def _leaving(state: State, snapshot: Snapshot) -> list[str]:
+    """Workers that still run the generation that serves and have no part in the one that is coming."""
+    if state.serving is None or state.pending is None:
+        return []
+    staying = state.pending.record.workers
+    gone = [w for w in state.serving.workers if w not in staying and w in snapshot.workers]
+    return [w for w in gone if snapshot.workers[w].serving == state.serving.id]
 
 
 def _prepared(worker: str, snapshot: Snapshot) -> frozenset[int]:
