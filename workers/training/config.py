@@ -36,7 +36,7 @@ class ModelShape:
     hidden: int = 128
     heads: int = 2
     kv_heads: int = 2
-    experts: int = 16
+    experts: int = 8
     top_k: int = 2
     expert_hidden: int = 192
     max_positions: int = 2048
@@ -74,20 +74,23 @@ class Recipe:
     short_len, growth : int, float
         Sequences begin at ``short_len`` and double, in equal phases, over the first ``growth`` of the steps: short
         ones are cheaper, and are learnt from faster early on.
-    lr, warmup, schedule : float, float, str
-        Peak learning rate, fraction of the steps spent rising to it, and the shape of the way down.
+    lr, vocabulary_lr : float
+        Peak learning rates: of the layers, and of the embedding and the output matrix, whose best one is larger.
+    warmup, schedule : float, str
+        Fraction of the steps spent rising to the peak, and the shape of the way down.
     weight_decay, beta1, beta2, grad_clip : float
         AdamW's settings; the gradient's global norm is clipped to ``grad_clip``.
     balance_loss, z_loss : float
         Weights of the load-balancing and the router z-loss.
     """
 
-    steps: int = 600
-    batch_tokens: int = 4096
+    steps: int = 1700
+    batch_tokens: int = 1024
     seq_len: int = 1024
-    short_len: int = 64
-    growth: float = 0.7
-    lr: float = 4e-3
+    short_len: int = 16
+    growth: float = 0.9
+    lr: float = 2e-3
+    vocabulary_lr: float = 1e-2
     warmup: float = 0.05
     schedule: Schedule = "linear"
     weight_decay: float = 0.1
@@ -104,7 +107,7 @@ class Recipe:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise OperatorError(f"{name}: {value} must be in [0, 1]")
-        for name in ("lr", "grad_clip"):
+        for name in ("lr", "vocabulary_lr", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise OperatorError(f"{name}: {getattr(self, name)} must be above 0")
         if self.schedule not in get_args(Schedule):

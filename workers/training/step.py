@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .config import Recipe
 from .model import Decoder
-from .optim import learning_rate
+from .optim import rate
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,12 @@ class StepResult:
         Cross-entropy of the batch before the update, base 2.
     grad_norm : float
         Global norm before clipping.
-    lr : float
-        Learning rate of the step.
     counts_LE : list of Tensor
         Tokens per layer and expert.
     """
 
     bits_per_byte: float
     grad_norm: float
-    lr: float
     counts_LE: list[Tensor]
 
 
@@ -56,11 +53,10 @@ def compute_gradients(model: Decoder, rows_BL: Tensor, recipe: Recipe) -> tuple[
 def train_step(
     model: Decoder, optimizer: torch.optim.Optimizer, rows_BL: Tensor, recipe: Recipe, step: int
 ) -> StepResult:
-    """Update ``model`` once, at the learning rate of ``step``."""
-    lr = learning_rate(recipe, step)
+    """Update ``model`` once, at the learning rates of ``step``."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = group["peak_lr"] * rate(recipe, step)
     bits, counts_LE = compute_gradients(model, rows_BL, recipe)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
     optimizer.step()
-    return StepResult(bits, norm.item(), lr, counts_LE)
+    return StepResult(bits, norm.item(), counts_LE)
