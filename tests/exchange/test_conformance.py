@@ -38,7 +38,7 @@ def test_any_sizes_arrive(size: int, capacity: int, seed: int, rows: int) -> Non
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("kind", "rounds"), [("shared", 1500), ("gloo", 150)])
+@pytest.mark.parametrize(("kind", "rounds"), [("shared", 1000), ("gloo", 150)])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_between_processes(crew: Crew, kind: str, rounds: int, size: int) -> None:
     crew.join(kind, size, capacity=2000)

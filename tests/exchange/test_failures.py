@@ -115,6 +115,7 @@ def test_closed_exchange_refuses_calls() -> None:
     member = region.member(0)
     member.close()
     member.close()
+    member.ring()  # from whoever has not heard of it
     with pytest.raises(InternalError, match="closed"):
         member.all_gather([1])
     region.close()

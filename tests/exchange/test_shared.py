@@ -87,9 +87,14 @@ def test_two_members_of_one_rank() -> None:
     assert not locks.held(0), "an own lock is not another member's"
     other = MemberLocks(region.fd, 0)
     assert other.held(0)
-    locks.close()
+    locks.release(0)
     assert not other.held(0)
-    other.close()
+    other.hold(0)
+    fd = other._fd
+    del other
+    assert not locks.held(0), "its lock goes with the last reference"
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
     region.close()
 
 

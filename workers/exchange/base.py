@@ -56,7 +56,7 @@ class Exchange(Protocol):
         ...
 
     def ring(self) -> None:
-        """Wake every member that waits."""
+        """Wake every member that waits; on a closed exchange, nothing."""
         ...
 
     def close(self) -> None: ...
@@ -128,8 +128,9 @@ class BaseExchange(ABC):
         self._sleep(seen if self._agreed is None else min(seen, self._agreed), timeout_s)
 
     def ring(self) -> None:
-        self._alive()  # other threads ring while a dispatch is pending
-        self._ring()
+        if not self._closed:
+            self._alive()  # not `_usable`: other threads ring while a dispatch is pending
+            self._ring()
 
     @abstractmethod
     def _gather(self, row: Sequence[int]) -> list[list[int]]: ...

@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+import weakref
 
 from ...errors import InternalError, OperatorError
 
@@ -38,6 +39,8 @@ class MemberLocks:
         except OSError as e:
             raise OperatorError(f"exchange: lock file: cannot open descriptor {fd} for writing: {e}") from e
         self._base = base
+        # Not before: another thread may be asking, and a number that is used again would answer for another file.
+        weakref.finalize(self, os.close, self._fd)
 
     def hold(self, rank: int) -> None:
         """Take this member's lock.
@@ -48,19 +51,17 @@ class MemberLocks:
             Somebody else holds it: two members of one rank.
         """
         try:
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, self._flock(rank))
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, self._flock(rank, fcntl.F_WRLCK))
         except (BlockingIOError, PermissionError) as e:
             raise InternalError(f"exchange: rank {rank} is taken by another process") from e
 
+    def release(self, rank: int) -> None:
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, self._flock(rank, fcntl.F_UNLCK))
+
     def held(self, rank: int) -> bool:
         """Whether another member holds the lock of ``rank``."""
-        answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, self._flock(rank))
+        answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, self._flock(rank, fcntl.F_WRLCK))
         return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
 
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def _flock(self, rank: int) -> bytes:
-        return struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, self._base + rank, 1, 0)
+    def _flock(self, rank: int, kind: int) -> bytes:
+        return struct.pack(_FLOCK, kind, os.SEEK_SET, self._base + rank, 1, 0)

@@ -52,7 +52,7 @@ class Members:
     def leave(self) -> None:
         """Say goodbye, so that peers that still wait for this member stop, and release the lock."""
         self._own[0] = _LEFT
-        self._locks.close()
+        self._locks.release(self._rank)
         self.wake_all()
 
     def beat(self) -> None:

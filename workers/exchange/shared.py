@@ -52,7 +52,7 @@ class SharedMemoryExchange(BaseExchange):
         A peer that is waited for and shows no sign of life this long counts as hung. It must exceed the longest
         time that a member computes between two calls.
     locks : MemberLocks
-        The file that tells dead members; closed with the exchange.
+        The file that tells dead members.
 
     Raises
     ------
