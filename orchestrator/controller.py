@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -149,7 +150,7 @@ class Controller:
         workers = [self._worker_status(record, rank) for rank in range(len(record.workers))] if record else []
         return DeploymentStatus(
             name=config.name,
-            model=config.endpoint.model_name or config.checkpoint,
+            model=config.endpoint.model_name or os.path.basename(config.checkpoint),
             endpoint=f"http://{config.endpoint.host}:{config.endpoint.port}",
             generation=record.id if record else 0,
             phase="failed" if self._state.failure else "serving" if record else "starting",

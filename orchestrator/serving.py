@@ -23,7 +23,7 @@ from ..workers.model_files import ModelFiles
 from . import remote
 from .config import NAMESPACE, DeploymentConfig
 from .controller_actor import ControllerService
-from .ingress.deployment import ActorMembers, build_ingress
+from .ingress.deployment import ActorMembers, Lifeline, build_ingress
 from .ingress.settings import IngressSettings
 from .planning import max_model_len
 
@@ -49,7 +49,7 @@ def serve_until_stopped(config: DeploymentConfig, address: str | None, verbose: 
         started = remote.join_or_start(address, config.workers, verbose)
         with _controller(config) as controller:
             starting = controller.start.remote()
-            with _endpoint(config, settings) as opening:
+            with _endpoint(config, settings, leave_serve=started) as opening:
                 _bring_up(starting, opening, controller, console)
                 _announce(config, console, started)
                 _watch(controller)
@@ -131,26 +131,29 @@ def _bring_up(starting: Any, opening: Future[None], controller: Any, console: Co
 
 
 @contextlib.contextmanager
-def _endpoint(config: DeploymentConfig, settings: IngressSettings) -> Iterator[Future[None]]:
+def _endpoint(config: DeploymentConfig, settings: IngressSettings, leave_serve: bool) -> Iterator[Future[None]]:
     """The HTTP endpoint in Ray Serve, opening beside the start of the workers.
 
-    A Serve instance that was not there before is shut down with it.
+    A Serve instance that was not there before is shut down with it, unless the cluster ends anyway (``leave_serve``).
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     owns_serve = not _serve_runs()
-    source = ActorMembers(remote.controller_name(config.name), NAMESPACE, config.token)
+    actor = remote.controller_name(config.name)
+    source = ActorMembers(actor, NAMESPACE, config.token)
+    lifeline = Lifeline(actor, NAMESPACE, config.name, owns_serve)
 
     def open_it() -> None:
         listen = {"host": config.endpoint.host, "port": config.endpoint.port}
         serve.start(http_options=listen, logging_config={"log_level": "WARNING"})
-        serve.run(build_ingress(settings, source), name=config.name, route_prefix="/")
+        serve.run(build_ingress(settings, source, lifeline=lifeline), name=config.name, route_prefix="/")
 
     with ThreadPoolExecutor(1, "endpoint") as pool:
         try:
             yield pool.submit(open_it)
         finally:
-            with contextlib.suppress(ray.exceptions.RayError):
-                serve.shutdown() if owns_serve else serve.delete(config.name)
+            if not leave_serve:
+                with contextlib.suppress(ray.exceptions.RayError):
+                    serve.shutdown() if owns_serve else serve.delete(config.name)
 
 
 def _serve_runs() -> bool:

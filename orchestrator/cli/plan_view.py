@@ -59,7 +59,7 @@ def seconds(value: float) -> str:
 def plain_table(*columns: str, numbers: Sequence[int] = ()) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if i in numbers else "left")
+        table.add_column(name, justify="right" if i in numbers else "left", overflow="fold")
     return table
 
 
@@ -134,7 +134,7 @@ def limits(found: Sequence[LayerLimit], most: int) -> RenderableType:
     )
     worst = sorted(found, key=lambda x: (x.bound_s - x.time_s, x.layer))[:most]
     for x in sorted(worst, key=lambda x: x.layer):
-        hottest = ", ".join(f"{e} ({100 * part:.0f} %)" for e, part in x.hottest)
+        hottest = ", ".join(f"{e} ({100 * part:.0f}%)" for e, part in x.hottest)
         better = f" -> {seconds(x.relieved_s)}" if x.relieved_s < x.time_s else ""
         row = (str(x.layer), x.device, seconds(x.time_s), f"{x.time_s / x.mean_s:.2f}", f"{x.time_s / x.bound_s:.2f}")
         table.add_row(*row, hottest, x.relief + better)

@@ -1,4 +1,4 @@
-"""The status as tables. Pure: the same statuses and times give the same picture."""
+"""The status as tables that fit 80 columns. Pure: the same statuses and times give the same picture."""
 
 from __future__ import annotations
 
@@ -10,30 +10,7 @@ from ..status import DeploymentStatus, PoolStatus, WorkerStatus
 
 _MIB = 1 << 20
 _PURPOSES = ("experts", "trunk", "kv", "exchange", "table", "free")
-
-
-def _mib(pages: int, page_bytes: int) -> str:
-    return f"{pages * page_bytes / _MIB:,.1f}"
-
-
-def _spread(counts: tuple[int, ...]) -> str:
-    """``5``, or ``5-6`` where layers differ."""
-    if not counts:
-        return "0"
-    low, high = min(counts), max(counts)
-    return str(low) if low == high else f"{low}-{high}"
-
-
-def _pages_table(pools: tuple[PoolStatus, ...]) -> Table:
-    table = Table(title="Pages by purpose (MiB)", title_justify="left")
-    table.add_column("pool")
-    table.add_column("node")
-    for purpose in (*_PURPOSES, "all"):
-        table.add_column(purpose, justify="right")
-    for pool in pools:
-        cells = [_mib(pool.by_purpose.get(p, 0), pool.page_bytes) for p in _PURPOSES]
-        table.add_row(pool.name, pool.node[:8], *cells, _mib(pool.pages, pool.page_bytes))
-    return table
+_WORKER_COLUMNS = ("experts", "routed", "run+wait", "KV used", "KV blocks", "prompt", "output", "tok/s")
 
 
 class StatusView:
@@ -45,49 +22,85 @@ class StatusView:
     def render(self, status: DeploymentStatus, now_s: float) -> RenderableType:
         """Tables for a terminal; token rates are since the previous call."""
         rates = self._rates(status, now_s)
+        style = "red" if status.phase == "failed" else "green"
         head = Text.assemble(
-            (f"{status.name}", "bold"),
-            f"  {status.model}  {status.endpoint}  generation {status.generation} {status.phase}"
-            f"  exchange {status.exchange}  {status.dtype}  up {status.uptime_s:,.0f} s",
+            (status.name, "bold"), f"  generation {status.generation} ", (status.phase, style), f"  {status.endpoint}\n"
         )
-        parts: list[RenderableType] = [head, self._workers_table(status, rates), _pages_table(status.pools)]
+        head.append(
+            f"{status.model}  {status.dtype}  {status.layers} MoE layers x {status.experts} experts"
+            f"  exchange {status.exchange}  up {status.uptime_s:,.0f} s"
+        )
         if status.detail:
-            parts.insert(1, Text(status.detail, style="red"))
-        return Group(*parts)
+            head.append(f"\n{status.detail}", style="red")
+        return Group(head, _workers_table(status, rates), _pages_table(status.pools))
 
     def _rates(self, status: DeploymentStatus, now_s: float) -> dict[int, float]:
         now = {w.rank: w.generated_tokens for w in status.workers}
         last, self._last = self._last, (now_s, now)
         if last is None or now_s <= last[0]:
             return {}
-        return {r: max(0, n - last[1].get(r, n)) / (now_s - last[0]) for r, n in now.items()}
+        return {rank: max(0, n - last[1].get(rank, n)) / (now_s - last[0]) for rank, n in now.items()}
 
-    def _workers_table(self, status: DeploymentStatus, rates: dict[int, float]) -> Table:
-        title = f"Workers ({status.layers} MoE layers x {status.experts} experts)"
-        table = Table(title=title, title_justify="left")
-        for name in ("worker", "device", "node", "state"):
-            table.add_column(name)
-        for name in ("experts/layer", "routed", "running", "waiting", "KV blocks", "prompt tok", "gen tok", "tok/s"):
-            table.add_column(name, justify="right")
-        total = sum(w.routed_tokens for w in status.workers)
-        for w in status.workers:
-            table.add_row(*self._cells(w, total, rates.get(w.rank)))
-        return table
 
-    @staticmethod
-    def _cells(w: WorkerStatus, routed_total: int, rate: float | None) -> tuple[str, ...]:
-        routed = f"{w.routed_tokens / routed_total:.0%}" if routed_total else "-"
-        return (
-            str(w.rank),
-            w.device,
-            w.node[:8],
-            w.state,
-            _spread(w.experts_per_layer),
-            routed,
-            str(w.load.running),
-            str(w.load.waiting),
-            f"{w.load.kv_blocks_used:,}/{w.load.kv_blocks:,}",
-            f"{w.prompt_tokens:,}",
-            f"{w.generated_tokens:,}",
-            "-" if rate is None else f"{rate:,.1f}",
-        )
+def _table(title: str) -> Table:
+    return Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+
+
+def _workers_table(status: DeploymentStatus, rates: dict[int, float]) -> Table:
+    table = _table("Workers (experts: physical experts per MoE layer; tokens since start)")
+    table.add_column("device", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for name in _WORKER_COLUMNS:
+        table.add_column(name, justify="right", no_wrap=True)
+    several = len({w.node for w in status.workers}) > 1
+    total = sum(w.routed_tokens for w in status.workers)
+    for w in status.workers:
+        table.add_row(*_worker_cells(w, total, rates.get(w.rank), several))
+    return table
+
+
+def _worker_cells(w: WorkerStatus, routed_total: int, rate: float | None, several: bool) -> tuple[str, ...]:
+    return (
+        f"{w.device}@{w.node[:6]}" if several else w.device,
+        w.state,
+        _spread(w.experts_per_layer),
+        f"{w.routed_tokens / routed_total:.0%}" if routed_total else "-",
+        f"{w.load.running}+{w.load.waiting}",
+        f"{w.load.kv_blocks_used / max(1, w.load.kv_blocks):.0%}",
+        f"{w.load.kv_blocks:,}",
+        _count(w.prompt_tokens),
+        _count(w.generated_tokens),
+        "-" if rate is None else f"{rate:,.0f}",
+    )
+
+
+def _pages_table(pools: tuple[PoolStatus, ...]) -> Table:
+    table = _table("Pages by purpose (MiB)")
+    table.add_column("pool", no_wrap=True)
+    for purpose in (*_PURPOSES, "all"):
+        table.add_column(purpose, justify="right", no_wrap=True)
+    for pool in pools:
+        pages = [pool.by_purpose.get(purpose, 0) for purpose in _PURPOSES]
+        table.add_row(_short(pool.name), *(f"{n * pool.page_bytes / _MIB:,.1f}" for n in (*pages, pool.pages)))
+    return table
+
+
+def _short(pool: str) -> str:
+    kind, _, name = pool.partition("/")
+    return f"{kind} {name[:8]}"
+
+
+def _count(n: int) -> str:
+    """``999``, ``12.3k``, ``4.6M``: at most six characters up to 999 billion."""
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**4, "k")):
+        if n >= size:
+            return f"{n / (1000 if unit == 'k' else size):,.1f}{unit}"
+    return str(n)
+
+
+def _spread(counts: tuple[int, ...]) -> str:
+    """``5``, or ``5-6`` where layers differ."""
+    if not counts:
+        return "0"
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low}-{high}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +22,7 @@ from .members import Member, MemberSource, connect_worker
 from .router import Router
 from .settings import IngressSettings
 
+_log = logging.getLogger(__name__)
 NO_LIMIT = 100_000  # requests per replica; the ingress refuses what is too much itself, with 429
 
 
@@ -53,14 +56,56 @@ class ActorMembers:
             raise InternalError(f"actor {self.actor!r} does not tell its members: {e}") from e
 
 
+@dataclass(frozen=True)
+class Lifeline:
+    """Whose end ends this application: a driver that was killed cannot take its endpoint away itself.
+
+    Parameters
+    ----------
+    actor, namespace : str
+        Gone for good once Ray does not know it any more (an actor that restarts is known).
+    application : str
+        What to delete then.
+    with_serve : bool
+        Whether Serve was started for this application, and is shut down with it.
+    """
+
+    actor: str
+    namespace: str
+    application: str
+    with_serve: bool
+    every_s: float = 2.0
+
+    def watch(self) -> None:
+        """Return never, or after the end; for a thread of its own."""
+        while self._alive() or self._alive():  # asked twice: one answer may be late
+            time.sleep(self.every_s)
+        _log.warning("actor %r is gone: deleting application %r", self.actor, self.application)
+        others = set(serve.status().applications) - {self.application}
+        if self.with_serve and not others:
+            serve.shutdown()
+        else:
+            serve.delete(self.application, _blocking=False)
+
+    def _alive(self) -> bool:
+        try:
+            ray.get_actor(self.actor, self.namespace)
+        except ValueError:
+            time.sleep(self.every_s)
+            return False
+        return True
+
+
 class Ingress:
     """One replica: application, router, and the task that follows the members."""
 
-    def __init__(self, settings: IngressSettings, source: MemberSource) -> None:
+    def __init__(self, settings: IngressSettings, source: MemberSource, lifeline: Lifeline | None) -> None:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
         logging.getLogger("concertina").setLevel(logging.INFO)
         self._settings = settings
         self._source = source
+        if lifeline is not None:
+            threading.Thread(target=lifeline.watch, name="lifeline", daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> Any:  # Serve calls it in the replica's event loop
         settings = self._settings
@@ -69,7 +114,9 @@ class Ingress:
         return create_app(settings, router)
 
 
-def build_ingress(settings: IngressSettings, source: MemberSource, replicas: int = 1) -> serve.Application:
+def build_ingress(
+    settings: IngressSettings, source: MemberSource, replicas: int = 1, lifeline: Lifeline | None = None
+) -> serve.Application:
     """An application for ``serve.run``.
 
     Parameters
@@ -79,6 +126,8 @@ def build_ingress(settings: IngressSettings, source: MemberSource, replicas: int
         Can be pickled, and called in each replica.
     replicas : int
         Each connects to every worker, and limits its own queue.
+    lifeline : Lifeline, optional
+        Ends the application when what it serves is gone.
     """
     deployment: Any = serve.deployment(
         serve.ingress(None)(Ingress),
@@ -88,5 +137,5 @@ def build_ingress(settings: IngressSettings, source: MemberSource, replicas: int
         ray_actor_options={"num_cpus": 0},
         logging_config=LoggingConfig(enable_access_log=False),
     )
-    application: serve.Application = deployment.bind(settings, source)
+    application: serve.Application = deployment.bind(settings, source, lifeline)
     return application
