@@ -25,6 +25,7 @@ class Blocks(RuleBasedStateMachine):
         self.tokens: dict[str, list[int]] = {}
         self.memory: dict[int, tuple[int, ...]] = {}  # block -> the whole prefix up to its end
         self.count = 0
+        self.recorded: dict[str, int] = {}  # leading blocks of a sequence that may be hit
 
     def write(self, key: str, computed: int) -> None:
         tokens = self.tokens[key]
@@ -32,6 +33,8 @@ class Blocks(RuleBasedStateMachine):
             if (i + 1) * SIZE <= computed:
                 self.memory[block] = tuple(tokens[: (i + 1) * SIZE])
         self.blocks.record(key, tokens, computed)
+        if self.caching:
+            self.recorded[key] = max(self.recorded[key], computed // SIZE)
 
     @rule(tokens=tokens_lists, headroom=st.integers(0, 2))
     def allocate(self, tokens: list[int], headroom: int) -> None:
@@ -51,6 +54,7 @@ class Blocks(RuleBasedStateMachine):
         assert len(table) == self.blocks.blocks_for(len(tokens))
         for i in range(cached // SIZE):  # what a hit promises is really there
             assert self.memory[table[i]] == tuple(tokens[: (i + 1) * SIZE])
+        self.recorded[key] = cached // SIZE
         shared = Counter(block for other in self.blocks.tables().values() for block in other)
         assert all(shared[block] == 1 for block in table[cached // SIZE :]), "a block to be written is shared"
 
@@ -75,15 +79,14 @@ class Blocks(RuleBasedStateMachine):
         self.write(key, data.draw(st.integers(0, len(self.tokens[key]))))
 
     @precondition(lambda self: self.tokens)
-    @rule(data=st.data(), forget=st.booleans())
-    def release(self, data: st.DataObject, forget: bool) -> None:
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
         key = data.draw(st.sampled_from(sorted(self.tokens)))
         table = list(self.blocks.table(key))
-        self.blocks.release(key, forget)
+        self.blocks.release(key)
         del self.tokens[key]
-        if forget:
-            for block in table:
-                self.memory[block] = (-1,)  # poison: must not be hit
+        for block in table[self.recorded[key] :]:
+            self.memory[block] = (-1,)  # never recorded: must not be hit
 
     @rule(extra=st.integers(0, 4))
     def grow(self, extra: int) -> None:

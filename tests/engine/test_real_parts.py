@@ -60,6 +60,59 @@ def test_greedy_tokens_are_those_of_each_request_alone(
         assert hit.tokens["hit"] == loaded.greedy(prompts[-1], 12)
 
 
+def poison(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, *innocent: list[int]) -> int:
+    """A token that none of these sequences has; whatever follows it is not finite from now on."""
+    token = next(i for i in range(VOCAB) if not any(i in tokens for tokens in innocent))
+    embed = loaded.decoder._embed.clone()
+    embed[token] = float("nan")
+    monkeypatch.setattr(loaded.decoder, "_embed", embed)
+    return token
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("leaves", [False, True])
+def test_values_that_are_not_finite_stay_in_their_sequence(
+    loaded: Loaded, caching: bool, leaves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even its blocks spoil who gets them next; also where its client leaves before any logits."""
+    good = [1, 2, 3, 4, 5]
+    expected = loaded.greedy(good, 9)
+    token = poison(loaded, monkeypatch, good, expected)
+    engine = engine_on(loaded, 16, caching=caching, chunked=True)
+    collected = Collected()
+    for round_ in range(3):
+        for name, prompt in (("bad", [9, token, *range(28)]), ("good", good), ("late", [*good, token])):
+            engine.submit(request(f"{name}{round_}", prompt, max_tokens=9))
+        collected.emit(engine.step())
+        if leaves:
+            engine.abort(f"bad{round_}")
+        drain(engine, collected)
+        assert collected.ends[f"bad{round_}"].finish_reason == ("abort" if leaves else "error")
+        assert collected.ends[f"late{round_}"].finish_reason == "error"
+        assert collected.tokens[f"good{round_}"] == expected
+
+
+def test_values_that_are_not_finite_do_not_spread_within_a_batch(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Block 0, with which a model could pad shorter tables, belongs to a prompt under way that is not finite."""
+    prompts = {"good": [1, 2, 3, 4, 5], "longer": list(range(14))}
+    expected = {name: loaded.greedy(prompt, 12) for name, prompt in prompts.items()}
+    token = poison(loaded, monkeypatch, *prompts.values(), *expected.values())
+    engine = engine_on(loaded, 40, caching=False, chunked=True)
+    engine.submit(request("first", [7], max_tokens=1))
+    for name, prompt in prompts.items():
+        engine.submit(request(name, prompt, max_tokens=12))
+    collected = Collected()
+    collected.emit(engine.step())
+    engine.submit(request("bad", [9, token, *range(48)], max_tokens=2))
+    collected.emit(engine.step())
+    assert 0 in engine._core.scheduler.blocks.table("bad")
+    drain(engine, collected)
+    assert collected.ends["bad"].finish_reason == "error"
+    assert {name: collected.tokens[name] for name in prompts} == expected
+
+
 @pytest.mark.parametrize("temperature", [0.8, 3.0])
 def test_seeded_tokens_do_not_depend_on_the_batch(loaded: Loaded, temperature: float) -> None:
     def tokens(blocks: int, others: int) -> list[int]:

@@ -141,20 +141,16 @@ class BlockManager:
             table.last = self._index(table.blocks[i], link) if twin is None else self._link_of[twin][0]
             table.indexed = i + 1
 
-    def release(self, key: str, forget: bool = False) -> None:
-        """Take a sequence's blocks back; ``forget`` also removes them from the prefix cache (spoilt contents)."""
-        blocks = self._tables.pop(key).blocks
-        for block in reversed(blocks):  # a prefix outlives what follows it
-            if forget:
-                self._unindex(block)
+    def release(self, key: str) -> None:
+        """Take a sequence's blocks back; those that were recorded stay findable until they are evicted."""
+        for block in reversed(self._tables.pop(key).blocks):  # a prefix outlives what follows it
             self._refs[block] -= 1
-            if self._refs[block] == 0:
-                if block in self._link_of:
-                    self._idle[block] = None
-                else:
-                    self._free.append(block)
-            elif self._refs[block] < 0:
+            if self._refs[block] < 0:
                 raise InternalError(f"KV block {block} released more often than taken")
+            if self._refs[block] == 0 and block in self._link_of:
+                self._idle[block] = None
+            elif self._refs[block] == 0:
+                self._free.append(block)
 
     def forget_all(self) -> None:
         """Empty the prefix cache, because what the blocks hold is no longer valid."""

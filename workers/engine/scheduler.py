@@ -125,21 +125,25 @@ class Scheduler:
         return chunks
 
     def complete(self, chunks: list[Chunk]) -> None:
-        """Note that the chunks' KV is written. Sequences that ended meanwhile are skipped."""
+        """Note that the chunks' KV is written, and logits where they end are finite. Ended sequences are skipped.
+
+        Only KV that has led to finite logits enters the prefix cache.
+        """
         for chunk in chunks:
             state = chunk.seq.state
             if isinstance(state, Running):
                 state.computed = chunk.start + chunk.count
-                self.blocks.record(chunk.seq.id, chunk.seq.tokens, state.computed)
+                if chunk.samples:
+                    self.blocks.record(chunk.seq.id, chunk.seq.tokens, state.computed)
 
     def finish(self, seq: Sequence, end: Finished) -> None:
-        """End a sequence and take its blocks back at once; those of a failed one leave the prefix cache."""
+        """End a sequence and take its blocks back at once."""
         was = seq.state
         seq.to(end)
         del self._by_id[seq.id]
         if isinstance(was, Running):
             self._running.remove(seq)
-            self.blocks.release(seq.id, forget=end.reason == "error")
+            self.blocks.release(seq.id)
         else:
             self._waiting.remove(seq)
 
