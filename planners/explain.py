@@ -94,20 +94,20 @@ def _relief(
 ) -> tuple[str, float]:
     now_s = float(device_time_D(layer, layout).max())
     if bound_s >= now_s * (1 - _NEAR_BOUND):
-        return "nothing in placement: at the bound; more or faster devices would", now_s
+        return "at the bound: only devices", now_s
     split_s = _settled_s(layer, layout)
     if split_s <= bound_s * (1 + _NEAR_BOUND):
-        return "splitting tokens over the same replicas afresh", split_s
+        return "split tokens afresh", split_s
     best_s, best = _best_replica(layer, layout, slowest)
     if best is not None and best_s < split_s * (1 - 1e-4):
         unit, device = best
-        return f"a replica of expert {layer.members[unit][0]} on {problem.cluster.names[device]}", best_s
+        return f"expert {layer.members[unit][0]} on {problem.cluster.names[device]} too", best_s
     if split_s < now_s * (1 - _NEAR_BOUND):
-        return "splitting tokens over the same replicas afresh", split_s
+        return "split tokens afresh", split_s
     used_D = np.bincount(layout.device_R, weights=layer.width_U[layout.unit_R], minlength=layer.devices)
     if (used_D >= layer.slots_D).all():
-        return "a spare slot: all are taken; or exchanging experts (plan again)", now_s
-    return "no single replica: exchanging experts would (plan again)", now_s
+        return "a spare slot (none free)", now_s
+    return "exchange experts: plan again", now_s
 
 
 def _settled_s(layer: LayerProblem, layout: Layout) -> float:

@@ -106,10 +106,8 @@ def _put_anywhere(search: ReplanSearch, expert: int, flexibility: float) -> bool
 
 
 def _value(task: LayerTask, state: Routing, expert: int, device: int, flexibility: float) -> float:
-    """Slack for ``expert``, less what the device loses in ways to pass tokens on."""
-    left = len(task.spare(state, device))
-    if not task.fits(state, device, (expert,)):
-        left -= 1
+    """Slack for ``expert``, less the price of a device that would be left with few ways to pass tokens on."""
+    left = len(task.spare(state, device)) + _free_slots(task, state, device) - task.width_E[expert]
     if left < 0:
         return float("-inf")
     stiff = {0: 1.0, 1: 0.5}.get(left, 0.0)
@@ -157,38 +155,45 @@ def tokens_inside(search: ReplanSearch) -> list[float]:
 
 def _additions(search: ReplanSearch) -> list[Change]:
     """New replicas that lead out of the tight side, the most promising first."""
-    task, state, tight = search.task, search.state, search.tight
+    task, state = search.task, search.state
     inside_E = tokens_inside(search)
     movable = sorted((e for e, t in enumerate(inside_E) if t > state.eps), key=lambda e: (-inside_E[e], e))
-    outside = [d for d in range(task.devices) if d not in tight and state.slack(d) > state.eps]
-    roomy = sorted(outside, key=lambda d: (-state.slack(d), d))
-    pairs = [(e, d) for e in movable for d in outside if d in task.kept_E[e]]
-    pairs += [(e, d) for e in movable[:_EXPERTS_TRIED] for d in roomy[:_DEVICES_TRIED]]
+    room = state.relays()
+    direct = sorted((d for d in room if state.slack(d) > state.eps), key=lambda d: (-room[d], d))
+    passing = sorted((d for d in room if state.slack(d) <= state.eps), key=lambda d: (-_free_slots(task, state, d), d))
+    pairs = [(e, d) for e in movable for d in room if d in task.kept_E[e]]
+    targets = direct[:_DEVICES_TRIED] + passing[:_DEVICES_TRIED]
+    pairs += [(e, d) for e in movable[:_EXPERTS_TRIED] for d in targets]
     changes = []
     for e, d in dict.fromkeys(pairs):
         change = with_room(task, state, e, d)
         if change:
-            gain = min(inside_E[e], state.slack(d) - task.read_ED[e][d], search.excess)
+            gain = min(inside_E[e], room[d] - task.read_ED[e][d], search.excess)
             changes.append(Change(change.add, change.remove, gain))
-    changes.sort(key=lambda c: -c.gain)
+    changes.sort(key=lambda c: (-c.gain, len(c.remove)))
     return changes[:_ADDITIONS_TRIED]
+
+
+def _free_slots(task: LayerTask, state: Routing, device: int) -> int:
+    return task.slots_D[device] - task.slots_used(state, device)
 
 
 def _swaps(search: ReplanSearch) -> list[Change]:
     """New replicas on the tight side exchanged for lighter new ones outside, or moved there: not a byte more."""
     task, state, tight = search.task, search.state, search.tight
     new = task.new_replicas(state)
+    room = state.relays()
     changes = []
     for e, d in new:
         if d not in tight:
             continue
         for f, g in new:
             gain = state.flow_E[e][d] - state.flow_E[f][g]
-            if g not in tight and gain > 0 and _may_swap(task, state, (e, d), (f, g)):
-                changes.append(Change(((e, g), (f, d)), ((e, d), (f, g)), min(gain, max(0.0, state.slack(g)))))
-        for g in range(task.devices):
-            if g not in tight and _may_move(task, state, (e, d), g):
-                changes.append(Change(((e, g),), ((e, d),), min(state.flow_E[e][d], state.slack(g))))
+            if g in room and gain > 0 and _may_swap(task, state, (e, d), (f, g)):
+                changes.append(Change(((e, g), (f, d)), ((e, d), (f, g)), min(gain, room[g])))
+        for g in room:
+            if _may_move(task, state, (e, d), g):
+                changes.append(Change(((e, g),), ((e, d),), min(state.flow_E[e][d], room[g])))
     changes.sort(key=lambda c: -c.gain)
     return changes[:_SWAPS_TRIED]
 
@@ -210,7 +215,7 @@ def _may_move(task: LayerTask, state: Routing, pair: Pair, target: int) -> bool:
         return False
     if task.min_nodes > 1 and task.node_D[source] != task.node_D[target]:
         return False
-    return state.slack(target) > state.eps and task.fits(state, target, (expert,))
+    return task.fits(state, target, (expert,))
 
 
 def prune(search: ReplanSearch) -> None:

@@ -24,9 +24,9 @@ class RefineOptions:
     rounds : int
         Most small programs.
     devices : int
-        Devices re-arranged by one program.
+        Devices re-arranged by one program; two more after each that did not help.
     hottest : int
-        Loaded experts that may get further replicas there.
+        Loaded experts that may get further replicas there; one more after each that did not help.
     nodes : int
         Branch-and-bound nodes per program.
     seconds : float or None
@@ -34,7 +34,7 @@ class RefineOptions:
     """
 
     rounds: int = 6
-    devices: int = 8
+    devices: int = 6
     hottest: int = 3
     nodes: int = 200
     seconds: float | None = 1.0
@@ -71,35 +71,38 @@ def refine(
 ) -> ReplanSearch:
     """Re-arrange a few devices at a time while it helps; never worse than ``search``."""
     rng = random.Random(seed)
-    best = search
+    best, failures = search, 0
     for _ in range(options.rounds):
         if finished(best) or best.unplaced or not may_go_on():
             break
-        devices, wanted = _part(best, options, rng)
+        devices, wanted = _part(best, options, failures, rng)
         limits = MilpOptions(options.seconds, 1e-4, node_limit=options.nodes, warm_start=True)
         state = improve_exactly(best.task, best.state, devices, wanted, limits)
-        if state is not None:
-            other = ReplanSearch(best.task, state)
-            other.relieve()
-            if other.score <= best.score:
-                best = other
+        other = ReplanSearch(best.task, state or best.state)
+        other.relieve()
+        failures = 0 if other.score < best.score else failures + 1
+        if other.score <= best.score:
+            best = other
     return best
 
 
-def _part(search: ReplanSearch, options: RefineOptions, rng: random.Random) -> tuple[list[int], set[int]]:
-    """Devices to re-arrange, and experts that may get replicas there."""
+def _part(
+    search: ReplanSearch, options: RefineOptions, failures: int, rng: random.Random
+) -> tuple[list[int], set[int]]:
+    """Devices to re-arrange, and experts that may get replicas there; more of both after failures."""
     task, state = search.task, search.state
+    count, hottest = options.devices + 2 * failures, options.hottest + failures
     if search.excess > 0:
         over = [d for d in sorted(search.tight) if state.slack(d) < -state.eps]
         devices = [rng.choice(over)]
         roomy = [d for d in range(task.devices) if d not in search.tight]
-        devices += rng.sample(roomy, min(len(roomy), options.devices // 2))
+        devices += rng.sample(roomy, min(len(roomy), count // 2))
     else:
         new_at = sorted({d for _, d in task.new_replicas(state)})
-        devices = rng.sample(new_at, min(len(new_at), options.devices // 2))
+        devices = rng.sample(new_at, min(len(new_at), count // 2))
     others = [d for d in range(task.devices) if d not in devices]
-    devices += rng.sample(others, min(len(others), max(0, options.devices - len(devices))))
+    devices += rng.sample(others, min(len(others), max(0, count - len(devices))))
     inside_E = tokens_inside(search) if search.excess > 0 else list(task.tokens_E)
-    hottest = sorted(range(task.experts), key=lambda e: (-inside_E[e], e))[: options.hottest]
+    busiest = sorted(range(task.experts), key=lambda e: (-inside_E[e], e))[:hottest]
     movable = {e for e, d in task.new_replicas(state) if d in devices}
-    return sorted(devices), movable | set(hottest)
+    return sorted(devices), movable | set(busiest)

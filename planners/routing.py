@@ -122,6 +122,20 @@ class Routing:
                 return self.excess(), set(parent)
             self._push(parent, end)
 
+    def relays(self) -> dict[int, float]:
+        """Devices that have slack or can pass tokens on to one that has, and the most they might take in."""
+        room = {d: self.slack(d) for d in range(len(self.load_D)) if self.slack(d) > self.eps}
+        total, queue = sum(room.values()), sorted(room)
+        while queue:
+            v = queue.pop()
+            for expert in self.held_D[v]:
+                flow = self.flow_E[expert]
+                for u, tokens in flow.items() if len(flow) > 1 else ():
+                    if u not in room and tokens > self.eps:
+                        room[u] = total
+                        queue.append(u)
+        return room
+
     def _search(self, roots: list[int]) -> tuple[dict[int, tuple[int, int]], int | None]:
         """Breadth first over devices; ``parent[device] = (from device, expert moved)``."""
         parent: dict[int, tuple[int, int]] = dict.fromkeys(roots, (-1, -1))

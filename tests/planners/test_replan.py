@@ -111,7 +111,7 @@ def sound(problem: PlacementProblem, answer: Replan) -> None:
     np.testing.assert_allclose(time_L, answer.time_L, rtol=1e-4)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.integers(4, 30), st.integers(2, 6), st.integers(-2, 3), st.integers(0, 2), st.integers(0, 10**6))
 def test_answers_are_sound(experts: int, before: int, change: int, spare: int, seed: int) -> None:
     """R-1: slots, rules and numbers hold; layers not named as missed reach the balance; same seed, same plan."""
@@ -245,7 +245,7 @@ def fits(pairs: list[tuple[int, int]], task: LayerTask) -> bool:
     return state.relieve()[0] <= 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_the_program_over_all_devices_equals_brute_force(data: st.DataObject) -> None:
     """R-5: with every device and expert in its columns, the program copies the fewest replicas there are."""
@@ -266,7 +266,7 @@ def test_the_program_over_all_devices_equals_brute_force(data: st.DataObject) ->
     assert task.least_bytes() <= best + 1e-9
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 5), st.integers(3, 10))
 def test_refining_never_makes_it_worse(seed: int, devices: int, experts: int) -> None:
     rng = np.random.default_rng(seed)
