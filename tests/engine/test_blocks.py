@@ -107,11 +107,6 @@ class Blocks(RuleBasedStateMachine):
             self.memory[destination] = self.memory.get(source, ())
         assert self.blocks.capacity == capacity
 
-    @rule()
-    def forget_all(self) -> None:
-        self.blocks.forget_all()
-        self.memory = dict.fromkeys(self.memory, (-1,))
-
     @invariant()
     def adds_up(self) -> None:
         if not hasattr(self, "blocks"):

@@ -152,13 +152,6 @@ class BlockManager:
             elif self._refs[block] == 0:
                 self._free.append(block)
 
-    def forget_all(self) -> None:
-        """Empty the prefix cache, because what the blocks hold is no longer valid."""
-        for block in list(self._link_of):
-            self._unindex(block)
-        self._free.extend(self._idle)
-        self._idle.clear()
-
     def grow(self, capacity: int) -> None:
         """Add blocks behind the present ones, up to ``capacity`` in all."""
         if capacity < self.capacity:
