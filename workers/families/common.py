@@ -33,8 +33,12 @@ def check_supported(config: ConfigReader) -> None:
         raise config.fail("quantization_config", "unquantised weights (no such field)")
 
 
-def read_rope(config: ConfigReader, head_dim: int, default_theta: float, interleaved: bool = False) -> Rope:
+def read_rope(
+    config: ConfigReader, width: int, default_theta: float, interleaved: bool = False, width_name: str = "head_dim"
+) -> Rope:
     """Rotary embedding from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before).
+
+    ``width`` is what can be rotated of a head, from field ``width_name``.
 
     Raises
     ------
@@ -45,9 +49,11 @@ def read_rope(config: ConfigReader, head_dim: int, default_theta: float, interle
     theta = config.number("rope_theta", default=default_theta)
     theta = fields.number("rope_theta", default=theta)
     part = config.number("partial_rotary_factor", default=1.0)
-    dims = int(head_dim * fields.number("partial_rotary_factor", default=part))
-    if dims < 2 or dims % 2 or dims > head_dim:
-        raise config.fail("partial_rotary_factor", f"an even number of rotated dimensions in 2..{head_dim}")
+    part = fields.number("partial_rotary_factor", default=part)
+    dims = int(width * part)
+    if dims < 2 or dims % 2 or dims > width:
+        name = width_name if part == 1 else "partial_rotary_factor"
+        raise config.fail(name, f"an even number of rotated dimensions, at most the width of {width}; {dims} follow")
     return Rope(theta, dims, interleaved, _read_scaling(config, fields))
 
 

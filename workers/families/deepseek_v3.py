@@ -35,7 +35,9 @@ def read(config: ConfigReader) -> ModelConfig:
         hidden_size=config.integer("hidden_size"),
         vocab_size=config.integer("vocab_size"),
         attention=attention,
-        rope=read_rope(config, attention.rope_dim, 1e4, interleaved=config.flag("rope_interleave", True)),
+        rope=read_rope(
+            config, attention.rope_dim, 1e4, config.flag("rope_interleave", True), width_name="qk_rope_head_dim"
+        ),
         router=_router(config, experts),
         experts=experts,
         expert_intermediate=width,
