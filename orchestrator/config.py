@@ -66,6 +66,12 @@ class DeploymentConfig:
     ----------
     device_memory_bytes : int or None
         Pages that each device holds; None takes what fits this node.
+    spare_slots : int
+        Physical experts per MoE layer beyond one of each.
+    rebalance_s : float
+        Time between two looks at whether experts should move; 0 never moves them.
+    loads_file : str or None
+        Measured loads: read at the start if it is there, kept up to date.
     exchange_timeout_s : float
         A peer that does not answer for so long counts as hung.
     token : str
@@ -79,6 +85,9 @@ class DeploymentConfig:
     exchange: Exchange = "auto"
     placement_file: str | None = None
     device_memory_bytes: int | None = None
+    spare_slots: int = 0
+    rebalance_s: float = 60.0
+    loads_file: str | None = None
     exchange_timeout_s: float = 60.0
     engine: EngineOptions = EngineOptions()
     endpoint: EndpointOptions = EndpointOptions()
@@ -99,5 +108,8 @@ class DeploymentConfig:
                 raise OperatorError(f"{name.replace('_', '-')}: {value} is too small; expected at least 1")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise OperatorError(f"name: {self.name!r}; expected letters, digits, dots, dashes and underscores")
+        for name, number in {"spare-slots": self.spare_slots, "rebalance-interval": self.rebalance_s}.items():
+            if number < 0:
+                raise OperatorError(f"{name}: {number}; expected 0 or more")
         if self.exchange_timeout_s <= 0:
             raise OperatorError(f"exchange-timeout: {self.exchange_timeout_s}; expected more than 0 seconds")

@@ -18,7 +18,9 @@ from ..workers.engine.scheduler import SchedulerConfig
 from ..workers.generation import Assignment, ExchangeSpec, Generation, PoolExtents
 from ..workers.model_files import ModelFiles
 from ..workers.owner import OwnerConfig
+from ..workers.pages.holds import PagesHeld
 from ..workers.roles import WorkerConfig, WorkerReport
+from .balancer import Balancer
 from .config import DeploymentConfig
 from .core.facts import (
     Commit,
@@ -38,6 +40,8 @@ from .core.layout import node_pool
 from .core.state import Record, State
 from .core.step import step
 from .hands import Hands, NodeInfo, OwnerHandle, WorkerHandle
+from .placing import Site
+from .planfiles import model_spec
 from .planning import MAILBOX_BYTES, max_model_len, plan_layout
 from .status import DeploymentStatus, PoolStatus, Progress, WorkerAddress, WorkerStatus
 
@@ -94,6 +98,7 @@ class Controller:
         self._busy: dict[Effect, asyncio.Task[None]] = {}
         self._errors: dict[Effect, str] = {}
         self._fill_bytes: dict[str, int] = {}
+        self._balancer: Balancer | None = None
         self._wake = asyncio.Event()
         self._changed = asyncio.Condition()
         self._loop: asyncio.Task[None] | None = None
@@ -110,7 +115,9 @@ class Controller:
         """
         self._model = ModelFiles.open(self._config.checkpoint, self._config.dtype)
         self._nodes = {node.id: node for node in await self._hands.nodes()}
-        layout = plan_layout(self._config, self._model, list(self._nodes.values()))
+        layout = plan_layout(self._config, self._model, list(self._nodes.values()), self._hands.now_s)
+        site = Site(layout.seats, model_spec(self._model.config), self._config.spare_slots)
+        self._balancer = Balancer(site, self._config.rebalance_s, self._config.loads_file, self._hands.now_s)
         self._state = replace(self._state, target=layout)
         self._loop = asyncio.create_task(self._run())
         async with self._changed:
@@ -167,7 +174,9 @@ class Controller:
     async def _run(self) -> None:
         while True:
             self._wake.clear()
-            decision = step(self._state, await self._look())
+            snapshot = await self._look()
+            await self._balance()
+            decision = step(self._state, snapshot)
             self._errors.clear()
             self._state = decision.state
             if decision.reason != self._reason:
@@ -179,6 +188,17 @@ class Controller:
                 self._changed.notify_all()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), _TICK_S)
+
+    async def _balance(self) -> None:
+        """Let experts move where the measured loads ask for it, one generation at a time."""
+        state = self._state
+        if self._balancer is None or state.serving is None or state.pending is not None or state.failure:
+            return
+        self._balancer.observe({name: worker.report for name, worker in self._workers.items()})
+        if self._balancer.due:
+            better = await asyncio.to_thread(self._balancer.plan, state.serving.layout)
+            if better is not None:
+                self._state = replace(self._state, target=better)
 
     async def _look(self) -> Snapshot:
         """Ask every worker; owners' extents are known from their last change."""
@@ -286,7 +306,11 @@ class Controller:
 
     async def _free(self, effect: Free) -> None:
         pool = self._pools[effect.pool]
-        await pool.handle.free(effect.keys)
+        try:
+            await pool.handle.free(effect.keys)
+        except PagesHeld as e:
+            _log.info("%s; trying again", e)
+            return
         self._pools[effect.pool] = replace(pool, pages=await pool.handle.pages())
 
     def _record(self) -> Record:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..errors import OperatorError
-from ..planners.placement import Placement, balanced_placement
+from ..planners.placement import Placement
+from ..planners.solution import Clock
 from ..workers.exchange.layout import region_bytes
 from ..workers.generation import ExchangeKind
 from ..workers.model_files import ModelFiles
@@ -16,6 +16,8 @@ from ..workers.pages.sizing import choose_page_bytes, pages_for
 from .config import DeploymentConfig
 from .core.layout import Layout, Seat
 from .hands import NodeInfo
+from .placing import Site, even_loads, first_placement
+from .planfiles import model_spec, read_loads, read_placement
 from .sizing import MemoryLimits, ModelSizes, plan_memory
 
 MAILBOX_BYTES = 256 << 10
@@ -46,7 +48,7 @@ def seat_workers(nodes: Sequence[NodeInfo], workers: int) -> tuple[Seat, ...]:
     return tuple(Seat(f"cpu-{rank}", node) for rank, node in enumerate(seats))
 
 
-def read_placement(path: str, seats: Sequence[Seat], model: ModelFiles) -> Placement:
+def fitting_placement(path: str, seats: Sequence[Seat], model: ModelFiles) -> Placement:
     """A placement file's placement, its devices renamed to the seats in order.
 
     Raises
@@ -54,15 +56,7 @@ def read_placement(path: str, seats: Sequence[Seat], model: ModelFiles) -> Place
     OperatorError
         The file is malformed or does not fit the model or the number of workers.
     """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise OperatorError(f"{path}: cannot be read: {e.strerror}") from e
-    except ValueError as e:
-        raise OperatorError(f"{path}: malformed JSON: {e}") from e
-    if not isinstance(data, dict):
-        raise OperatorError(f"{path}: expected a JSON object, got {type(data).__name__}")
-    placement = Placement.from_dict(data.get("placement", data), source=path)
+    placement = read_placement(path)
     found = (len(placement.devices), placement.layers, placement.experts)
     expected = (len(seats), len(model.config.moe_layers), model.config.experts)
     if found != expected:
@@ -71,6 +65,13 @@ def read_placement(path: str, seats: Sequence[Seat], model: ModelFiles) -> Place
             f"expected {expected[0]}, {expected[1]} and {expected[2]}"
         )
     return Placement(tuple(seat.device for seat in seats), placement.replicas_LE)
+
+
+def planned_placement(config: DeploymentConfig, site: Site, now: Clock) -> Placement:
+    """Where the planners put the experts, for the loads measured before if there are any."""
+    known = config.loads_file is not None and os.path.exists(config.loads_file)
+    loads = read_loads(str(config.loads_file), site.model) if known else even_loads(site.model)
+    return first_placement(site, loads, now)
 
 
 def exchange_kind(config: DeploymentConfig, seats: Sequence[Seat]) -> ExchangeKind:
@@ -85,7 +86,7 @@ def exchange_kind(config: DeploymentConfig, seats: Sequence[Seat]) -> ExchangeKi
     return "shared"
 
 
-def plan_layout(config: DeploymentConfig, model: ModelFiles, nodes: Sequence[NodeInfo]) -> Layout:
+def plan_layout(config: DeploymentConfig, model: ModelFiles, nodes: Sequence[NodeInfo], now: Clock) -> Layout:
     """Where everything of the first generation goes, and how much memory it gets.
 
     Raises
@@ -96,9 +97,9 @@ def plan_layout(config: DeploymentConfig, model: ModelFiles, nodes: Sequence[Nod
     seats = seat_workers(nodes, config.workers)
     shape = (len(model.config.moe_layers), model.config.experts)
     if config.placement_file is not None:
-        placement = read_placement(config.placement_file, seats, model)
+        placement = fitting_placement(config.placement_file, seats, model)
     else:
-        placement = balanced_placement([seat.device for seat in seats], *shape)
+        placement = planned_placement(config, Site(seats, model_spec(model.config), config.spare_slots), now)
     block_tokens = config.engine.block_tokens
     sizes = ModelSizes(model.expert_bytes, model.trunk_bytes, model.kv_block_bytes(block_tokens))
     experts = [sizes.expert_bytes] * (shape[0] * shape[1])

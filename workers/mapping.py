@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import InternalError
 from ..kernels.moe import select_moe_kernel
+from .batch_split import BatchSplit
 from .exchange.base import Exchange
 from .exchange.liveness import MemberLocks
 from .exchange.parallel import LocalKernel, ParallelExperts
@@ -60,7 +61,8 @@ def join(assignment: Assignment) -> Part:
     node = _pool(assignment.node)
     device = node if assignment.device.address == assignment.node.address else _pool(assignment.device)
     exchange = _exchange(assignment, node)
-    experts = ParallelExperts(exchange, generation.placement, _local_kernel(assignment, device))
+    split = BatchSplit(generation.placement)
+    experts = ParallelExperts(exchange, generation.placement, _local_kernel(assignment, device), split)
     trunk_u8 = _bytes(node, assignment.node.pages[TRUNK_KEY], writable=False)
     trunk = trunk_views(trunk_u8, generation.model, generation.dtype)
     decoder = Decoder(generation.model, trunk, experts)

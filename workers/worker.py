@@ -38,6 +38,7 @@ class Worker:
         self._engine: Engine | None = None
         self._frontend: Frontend | None = None
         self._loop: threading.Thread | None = None
+        self._left: Part | None = None
         self._offered = 0
         self._failed = ""
         self._lock = threading.Lock()
@@ -150,14 +151,17 @@ class Worker:
             self._frontend.close()
 
     def _at_boundary(self, rows: Sequence[Row]) -> None:
-        """In the engine's thread: note that a swap has happened, and leave the generation before."""
+        """In the engine's thread: note that a swap has happened, and leave the generation before.
+
+        It is left only at the boundary after: then every member has come, and nobody still reads what was sent there.
+        """
         assert self._engine is not None
-        if self._engine.generation == self._serving():
-            return
-        with self._lock:
-            old, self._part = self._part, self._prepared.pop(self._engine.generation)
-        if old is not None:
-            old.close()
+        if self._left is not None:
+            self._left.close()
+            self._left = None
+        if self._engine.generation != self._serving():
+            with self._lock:
+                self._left, self._part = self._part, self._prepared.pop(self._engine.generation)
 
     def _leave(self) -> None:
         with self._lock:

@@ -55,6 +55,17 @@ _deployment_options = _Group(
             help="Type of weights and KV cache; auto takes the checkpoint's.",
         ),
         click.option("--placement", metavar="FILE", help="Where experts live, as written by concertina plan."),
+        click.option(
+            "--spare-slots", type=click.IntRange(min=0), default=0, show_default=True, help="Replicas per MoE layer."
+        ),
+        click.option(
+            "--rebalance-interval",
+            type=float,
+            default=60.0,
+            show_default=True,
+            help="Seconds between looks at whether experts should move; 0 never moves them.",
+        ),
+        click.option("--loads", metavar="FILE", help="Measured loads: read at the start, kept up to date."),
         click.option("--device-memory", type=SizeType(), help="Pages per device, e.g. 2GiB.  [default: what fits]"),
         click.option(
             "--exchange",
@@ -123,6 +134,9 @@ def _config(checkpoint: str, o: dict[str, Any]) -> DeploymentConfig:
         exchange=o["exchange"],
         placement_file=o["placement"],
         device_memory_bytes=o["device_memory"],
+        spare_slots=o["spare_slots"],
+        rebalance_s=o["rebalance_interval"],
+        loads_file=o["loads"],
         exchange_timeout_s=o["exchange_timeout"],
         engine=engine,
         endpoint=endpoint,

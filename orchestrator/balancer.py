@@ -1,0 +1,75 @@
+"""Follows the measured loads of a deployment, and says when its experts should move."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from ..planners.model import Loads
+from ..planners.solution import Clock
+from ..workers.roles import WorkerReport
+from .core.layout import Layout
+from .loads import LoadWindow, write_loads
+from .placing import Site, better_placement
+
+_log = logging.getLogger(__name__)
+_LEAST_PAIRS_PER_EXPERT = 20.0  # with fewer, differences between experts are noise
+
+
+class Balancer:
+    """Loads and plans of one deployment.
+
+    Parameters
+    ----------
+    site : Site
+        Its seats are replaced by those of the layout in force.
+    every_s : float
+        Time between two plans, which is also the horizon over which a move must pay; 0 never plans.
+    loads_file : str or None
+        Where the window is kept for the next start.
+    now : callable
+        Seconds.
+    """
+
+    def __init__(self, site: Site, every_s: float, loads_file: str | None, now: Clock) -> None:
+        self._site, self._every_s, self._file, self._now = site, every_s, loads_file, now
+        self._window = LoadWindow.empty(site.model.layers, site.model.experts, now())
+        self._seen: dict[tuple[str, int], tuple[np.ndarray, int]] = {}
+        self._planned_s = now()
+        self.reason = "no plan yet"
+
+    def observe(self, reports: Mapping[str, WorkerReport]) -> None:
+        """Add what workers have counted since they were last seen; a new generation counts from zero."""
+        pairs, steps = np.zeros_like(self._window.pairs_LE), 0
+        for name, report in reports.items():
+            if not report.counts_LE:
+                continue
+            key = (name, report.serving)
+            counts = np.asarray(report.counts_LE, dtype=np.float64)
+            before, steps_before = self._seen.get(key, (np.zeros_like(counts), report.stats.steps))
+            pairs += counts - before
+            steps = max(steps, report.stats.steps - steps_before)
+            self._seen[key] = (counts, report.stats.steps)
+        self._seen = {k: v for k, v in self._seen.items() if k[0] in reports and k[1] == reports[k[0]].serving}
+        self._window = self._window.updated(pairs, steps, self._now())
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to plan, and enough has been seen."""
+        late = self._every_s > 0 and self._now() - self._planned_s >= self._every_s
+        return late and self._window.pairs_LE.sum() >= _LEAST_PAIRS_PER_EXPERT * self._window.pairs_LE.size
+
+    def plan(self, layout: Layout) -> Layout | None:
+        """A layout that serves the measured loads better, or None. Takes up to seconds: call it in a thread."""
+        self._planned_s = self._now()
+        if self._file is not None:
+            write_loads(self._file, self._window)
+        site = replace(self._site, seats=layout.seats)
+        loads = Loads(self._window.per_step_LE)
+        verdict = better_placement(site, loads, layout.placement, self._every_s, self._now)
+        self.reason = verdict.reason
+        _log.info("placement: %s", verdict.reason)
+        return None if verdict.placement is None else replace(layout, placement=verdict.placement)
