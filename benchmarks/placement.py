@@ -1,0 +1,156 @@
+"""Placement plans beside published baselines: gap to the bound, time, bytes moved on changes, held-out balance.
+
+``python -m benchmarks.placement [--json FILE] [--quick]``. Loads are generated (log-normal), and real OLMoE routing
+where ``../shared/data`` has it. Every plan is checked before it is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from concertina.planners.check import check_placement
+from concertina.planners.solution import Solution, StoppingRule
+from concertina.planners.solve import solve
+
+from .common import write_report
+from .placement_cases import Case, cases, made_up_domains, problem, routing
+from .placement_change import changes, measure
+from .placement_honesty import leave_one_out
+
+BASELINES = ("round_robin", "greedy", "eplb_global", "eplb_hierarchical")
+PARTS = ("fresh", "change", "honesty")
+Row = dict[str, Any]
+
+
+def fresh(case: Case, limit_s: float) -> Row:
+    """Ours and every baseline on one instance."""
+    instance = problem(case)
+    began_s = time.monotonic()
+    ours = solve(instance, "scalable", stop=StoppingRule(limit_s, gap=5e-4, now=time.monotonic))
+    seconds = time.monotonic() - began_s
+    assert isinstance(ours, Solution), ours
+    wrong = check_placement(instance, ours.placement)
+    assert not wrong, wrong
+    row: Row = {"part": "fresh", "case": case.name, "experts": case.experts, "devices": case.devices}
+    row |= {"mixed": case.mixed, "decode": case.tokens < 256, "seconds": round(seconds, 2), "stopped": ours.reason}
+    row |= {"cost_s": ours.cost.total, "gap": ours.gap}
+    for name in BASELINES:
+        found = solve(instance, name)
+        row[name] = found.cost.total / ours.cost.total if isinstance(found, Solution) else None
+    return row
+
+
+def show(rows: Iterable[Row], columns: tuple[str, ...]) -> None:
+    """Rows as a table of text."""
+    for row in rows:
+        cells = []
+        for name in columns:
+            value = row.get(name)
+            cells.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+        print("  ".join(cells), flush=True)
+
+
+def aims(rows: list[Row], quick: bool) -> list[Row]:
+    """Whether each aim is met, with the worst value seen."""
+    answers = _plan_aims([r for r in rows if r["part"] == "fresh"], quick)
+    answers += _change_aims([r for r in rows if r["part"] == "change" and r["method"] == "replan"], quick)
+    return answers + _honesty_aims([r for r in rows if r["part"] == "honesty"])
+
+
+def _plan_aims(plans: list[Row], quick: bool) -> list[Row]:
+    if not plans:
+        return []
+    large = [r for r in plans if r["experts"] == 256 and r["devices"] >= 32 and not r["decode"]]
+    ratios = [r[b] for r in plans for b in BASELINES if r[b] is not None]
+    answers = [aim("no baseline is better (baseline / ours, least)", min(ratios), 1 - 1e-6, above=True)]
+    for fleet, most in (("equal", 0.002), ("mixed", 0.01)):
+        gaps = [r["gap"] for r in large if r["mixed"] == (fleet == "mixed")]
+        answers.append(aim(f"256 experts, {fleet}: gap, most", max(gaps), most))
+    if not quick:
+        answers.append(aim("256 x 58: seconds for all layers, most", max(r["seconds"] for r in large), 10.0))
+    robin = [1 - 1 / r["round_robin"] for r in plans if r["mixed"] and r["round_robin"] is not None]
+    answers.append(aim("mixed: step cost below count-balanced, least", min(robin), 0.15, above=True))
+    return answers
+
+
+def aim(what: str, value: float, limit: float, above: bool = False) -> Row:
+    met = value >= limit if above else value <= limit
+    return {"aim": what, "value": float(value), "limit": limit, "met": bool(met)}
+
+
+def _change_aims(rows: list[Row], quick: bool) -> list[Row]:
+    answers = []
+    for r in rows:
+        if r.get("aim_copied") is not None:
+            limit = max(r["aim_copied"], r["lost_per_layer"])
+            answers.append(aim(f"{r['case']}: replicas copied per layer", r["copied_per_layer"], limit))
+            answers.append(aim(f"{r['case']}: worst balance", r["balance_worst"], 0.98 - 1e-3, above=True))
+    if rows and not quick:
+        answers.append(aim("re-plans: seconds for all layers", max(r["seconds"] for r in rows), 30.0))
+    return answers
+
+
+def _honesty_aims(rows: list[Row]) -> list[Row]:
+    """Ours with the per-batch split against EPLB's equal split, over all held-out domains."""
+    answers = []
+    for devices in sorted({r["devices"] for r in rows}):
+        ours = [r for r in rows if r["method"] == "robust" and r["devices"] == devices]
+        eplb = [r for r in rows if r["method"] == "eplb_global" and r["devices"] == devices]
+        mean = np.mean([r["split_mean"] for r in ours]) - np.mean([r["fixed_mean"] for r in eplb])
+        worst = min(r["split_worst"] for r in ours) - min(r["fixed_worst"] for r in eplb)
+        answers.append(aim(f"held out, {devices} devices: mean above EPLB by", float(mean), 0.15, above=True))
+        answers.append(aim(f"held out, {devices} devices: worst layer above EPLB by", worst, 0.15, above=True))
+    return answers
+
+
+def honesty(quick: bool) -> tuple[str, list[Row]]:
+    """Where the routing comes from, and the held-out scores."""
+    domains = routing("olmoe")
+    rows: list[Row] = []
+    for devices in (8, 16):
+        stop = StoppingRule(1.0 if quick else 5.0, now=time.monotonic)
+        rows += leave_one_out(domains or made_up_domains(), devices, 32, stop)
+    return "OLMoE (allenai, real)" if domains else "made up (no ../shared/data)", rows
+
+
+def run(parts: tuple[str, ...], quick: bool) -> tuple[str, list[Row]]:
+    """Every part, shown as it is measured; returns the routing's source and all rows."""
+    rows: list[Row] = []
+    for case in cases(quick) if "fresh" in parts else ():
+        rows.append(fresh(case, 2.0 if quick else 10.0))
+        show(rows[-1:], ("case", "gap", "seconds", *BASELINES))
+    for change in changes(quick) if "change" in parts else ():
+        found = measure(change, 8.0 if quick else 28.0)
+        rows += found
+        columns = ("case", "method", "copied_per_layer", "lost_per_layer", "least_per_layer", "balance_worst")
+        show(found, (*columns, "moved_gb", "migration_s", "seconds"))
+    source = "none"
+    if "honesty" in parts:
+        source, found = honesty(quick)
+        rows += found
+        show(found, ("devices", "held_out", "method", "fixed_mean", "fixed_worst", "split_mean", "split_worst"))
+    return source, rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", help="write the report here")
+    parser.add_argument("--quick", action="store_true", help="a few small instances, under a minute")
+    parser.add_argument("--part", choices=PARTS, action="append", help="only this part (may be repeated)")
+    given = parser.parse_args()
+    source, rows = run(tuple(given.part or PARTS), given.quick)
+    answers = aims(rows, given.quick)
+    print(f"\nrouting: {source}")
+    for answer in answers:
+        met = "met    " if answer["met"] else "NOT MET"
+        print(f"{met} {answer['aim']}: {answer['value']:.4g} (limit {answer['limit']:g})")
+    summary = {"quick": given.quick, "routing": source, "met": sum(a["met"] for a in answers), "aims": answers}
+    write_report(given.json, "placement", summary, rows)
+
+
+if __name__ == "__main__":
+    main()
