@@ -36,14 +36,14 @@ class Balancer:
 
     def __init__(self, site: Site, every_s: float, loads_file: str | None, now: Clock) -> None:
         self._site, self._every_s, self._file, self._now = site, every_s, loads_file, now
-        self._window = LoadWindow.empty(site.model.layers, site.model.experts, now())
+        self.window = LoadWindow.empty(site.model.layers, site.model.experts, now())
         self._seen: dict[tuple[str, int], tuple[np.ndarray, int]] = {}
         self._planned_s = now()
         self.reason = "no plan yet"
 
     def observe(self, reports: Mapping[str, WorkerReport]) -> None:
         """Add what workers have counted since they were last seen; a new generation counts from zero."""
-        pairs, steps = np.zeros_like(self._window.pairs_LE), 0
+        pairs, steps = np.zeros_like(self.window.pairs_LE), 0
         for name, report in reports.items():
             if not report.counts_LE:
                 continue
@@ -54,21 +54,21 @@ class Balancer:
             steps = max(steps, report.stats.steps - steps_before)
             self._seen[key] = (counts, report.stats.steps)
         self._seen = {k: v for k, v in self._seen.items() if k[0] in reports and k[1] == reports[k[0]].serving}
-        self._window = self._window.updated(pairs, steps, self._now())
+        self.window = self.window.updated(pairs, steps, self._now())
 
     @property
     def due(self) -> bool:
         """Whether it is time to plan, and enough has been seen."""
         late = self._every_s > 0 and self._now() - self._planned_s >= self._every_s
-        return late and self._window.pairs_LE.sum() >= _LEAST_PAIRS_PER_EXPERT * self._window.pairs_LE.size
+        return late and self.window.pairs_LE.sum() >= _LEAST_PAIRS_PER_EXPERT * self.window.pairs_LE.size
 
     def plan(self, layout: Layout) -> Layout | None:
         """A layout that serves the measured loads better, or None. Takes up to seconds: call it in a thread."""
         self._planned_s = self._now()
         if self._file is not None:
-            write_loads(self._file, self._window)
+            write_loads(self._file, self.window)
         site = replace(self._site, seats=layout.seats)
-        loads = Loads(self._window.per_step_LE)
+        loads = Loads(self.window.per_step_LE)
         verdict = better_placement(site, loads, layout.placement, self._every_s, self._now)
         self.reason = verdict.reason
         _log.info("placement: %s", verdict.reason)
