@@ -124,7 +124,7 @@ def run(parts: tuple[str, ...], quick: bool) -> tuple[str, list[Row]]:
         rows.append(fresh(case, 2.0 if quick else 10.0))
         show(rows[-1:], ("case", "gap", "seconds", *BASELINES))
     for change in changes(quick) if "change" in parts else ():
-        found = measure(change, 8.0 if quick else 28.0)
+        found = measure(change, 8.0 if quick else 26.0)
         rows += found
         columns = ("case", "method", "copied_per_layer", "lost_per_layer", "least_per_layer", "balance_worst")
         show(found, (*columns, "moved_gb", "migration_s", "seconds"))

@@ -59,7 +59,8 @@ def cluster(devices: int, mixed: bool) -> Cluster:
 def skewed(experts: int, layers: int, tokens: float, seed: int = 0) -> FloatArray:
     """Log-normal loads with mean ``tokens``, shape (L, E)."""
     loads_LE = np.random.default_rng(seed).lognormal(0.0, SIGMA, (layers, experts))
-    return loads_LE / loads_LE.mean(axis=1, keepdims=True) * tokens
+    scaled_LE: FloatArray = loads_LE / loads_LE.mean(axis=1, keepdims=True) * tokens
+    return scaled_LE
 
 
 def problem(case: Case, seed: int = 0) -> PlacementProblem:

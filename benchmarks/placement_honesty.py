@@ -72,7 +72,8 @@ def _planned(tokens_SLE: FloatArray, method: str, devices: int, spare: int, stop
 
 
 def _scores(placement: Placement, batch_LE: FloatArray, devices: int) -> tuple[FloatArray, FloatArray]:
-    fixed, free = [], []
+    fixed: list[float] = []
+    free: list[float] = []
     for layer, tokens_E in enumerate(batch_LE.astype(np.int64)):
         table = SplitTable(placement.replicas_LE[layer], np.ones(devices))
         for scores, tokens_R in ((fixed, table.by_share(tokens_E)), (free, split(table, tokens_E))):

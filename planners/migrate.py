@@ -45,7 +45,7 @@ class _State:
         size = self.problem.weight(key)
         self.held[device].remove(key)
         self.holders[key].discard(device)
-        self.used[device] = self.problem.weights(sorted(self.held[device]))
+        self.used[device] -= size
         return Free(*key, device, size)
 
 
@@ -148,6 +148,8 @@ def _free_rest(state: _State) -> None:
 
 
 def _record(state: _State, frees: list[Free]) -> bool:
+    for device in {f.device for f in frees}:  # added up afresh, so that rounding does not gather
+        state.used[device] = state.problem.weights(sorted(state.held[device]))
     if frees:
         state.phases.append(Phase((), tuple(frees), 0.0))
     return bool(frees)

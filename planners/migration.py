@@ -138,8 +138,13 @@ class MigrationProblem:
                     held[name].update((layer, e) for e in experts)
         return {name: frozenset(keys) for name, keys in held.items()}
 
+    @cached_property
+    def _bytes_LE(self) -> list[list[float]]:
+        rows: list[list[float]] = self.model.bytes_LE.tolist()
+        return rows
+
     def weight(self, key: Key) -> float:
-        return float(self.model.bytes_LE[key])
+        return self._bytes_LE[key[0]][key[1]]
 
     def weights(self, keys: Iterable[Key]) -> float:
         return sum(self.weight(k) for k in keys)
