@@ -1,4 +1,4 @@
-"""Lower bounds by counting: no placement of a layer costs less (eq. 11 to 13 of ``planners/README.md``)."""
+"""Lower bounds by counting: no placement of a layer costs less (eq. 11 to 14 of ``planners/README.md``)."""
 
 from __future__ import annotations
 
@@ -93,6 +93,19 @@ def _counts_fit(case: _Case, at: _At) -> bool:
     return room >= float(case.tokens_U.sum()) * SAFE
 
 
+def _slow_fit(case: _Case, at: _At) -> bool:
+    """Eq. 14: for every number of slowest devices, can they hold what finds no slot elsewhere?"""
+    slow = np.argsort(at.room_D, kind="stable")
+    outside_P = np.concatenate(([0], np.cumsum(at.slots_D[slow[::-1]])))[::-1]
+    inside_P = np.maximum(0, len(case.tokens_U) - outside_P // int(case.width_U.min()))
+    smallest = np.concatenate(([0.0], np.cumsum(case.tokens_U[::-1])))
+    byte_tokens_D = case.bytes_U.min() / (case.bandwidth_D * case.rate_D)
+    cheapest_P = np.concatenate(([0.0], np.minimum.accumulate(byte_tokens_D[slow])))
+    capacity_P = np.concatenate(([0.0], np.cumsum(at.room_D[slow])))
+    need_P = smallest[inside_P] + inside_P * cheapest_P
+    return bool((need_P * SAFE <= capacity_P).all())
+
+
 def _confined(case: _Case, at: _At, prefix_K: IntArray) -> BoolArray:
     """Eq. 13 for every number in ``prefix_K`` of largest units: is there a set of devices that can hold them?
 
@@ -127,11 +140,16 @@ def _least_time(low: float, high: float, fits: Callable[[float], bool]) -> float
     return low
 
 
+def _fits(case: _Case, time_s: float) -> bool:
+    at = _at(case, time_s)
+    return _counts_fit(case, at) and _slow_fit(case, at)
+
+
 def case_bound(layer: LayerProblem, tokens_U: FloatArray, base_D: FloatArray) -> float:
     """No placement serves ``tokens_U`` in less than this many seconds; the problem must have passed `lacks`."""
     case = _case(layer, tokens_U, base_D)
     start = max(float(base_D.max()), 1e-30)
-    counted = _least_time(start, 2.0 * start, lambda t: _counts_fit(case, _at(case, t)))
+    counted = _least_time(start, 2.0 * start, lambda t: _fits(case, t))
     every = np.arange(1, layer.units + 1)
     above = counted * (1.0 + 2.0 * PRECISION)
     tight = every[~_confined(case, _at(case, above), every)]

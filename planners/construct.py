@@ -67,10 +67,14 @@ class Greed:
         A free slot within the quota counts as a replica with this many times the mean tokens of the smaller half.
     by_quota : bool
         Keep to `quotas`; otherwise to the slots alone, with no look-ahead.
+    piece : float
+        Cut units into pieces of this many tokens and a remainder, where that takes their replicas exactly; into equal
+        pieces otherwise.
     """
 
     filler: float = 0.0
     by_quota: bool = True
+    piece: float = 0.0
 
 
 class _Filling:
@@ -112,7 +116,7 @@ class _Filling:
 def longest_first(layer: LayerProblem, count_U: IntArray, greed: Greed) -> Layout | None:
     """Replicas of equal shares, longest first, each to the device that finishes first; None if one finds no room."""
     unit_R = np.repeat(np.arange(layer.units), count_U)
-    tokens_R = (layer.tokens_U / count_U)[unit_R]
+    tokens_R = pieces(layer, count_U, greed.piece)
     by = (-tokens_R,) if layer.plain else (-tokens_R, -layer.min_nodes * (layer.tokens_U[unit_R] == 0))
     order = np.lexsort((unit_R, *by))
     unit_R, tokens_R = unit_R[order], tokens_R[order]
@@ -124,6 +128,17 @@ def longest_first(layer: LayerProblem, count_U: IntArray, greed: Greed) -> Layou
     else:
         filling = _Filling(layer, layer.slots_D, np.zeros(layer.devices))
     return _assign(layer, filling, unit_R, tokens_R)
+
+
+def pieces(layer: LayerProblem, count_U: IntArray, piece: float) -> FloatArray:
+    """Tokens of every replica, units ascending: equal, or full pieces and a remainder (`Greed.piece`)."""
+    equal_U = layer.tokens_U / count_U
+    last_U = layer.tokens_U - (count_U - 1) * piece
+    cut_U = (last_U > 0) & (last_U <= piece)
+    last_R = np.zeros(int(count_U.sum()), dtype=np.bool_)
+    last_R[np.cumsum(count_U) - 1] = True
+    cut_R = np.where(last_R, np.repeat(last_U, count_U), piece)
+    return np.where(np.repeat(cut_U, count_U), cut_R, np.repeat(equal_U, count_U))
 
 
 def _assign(layer: LayerProblem, filling: _Filling, unit_R: IntArray, tokens_R: FloatArray) -> Layout | None:

@@ -25,6 +25,8 @@ class Flow:
         Seconds per token of every device.
     fixed_s : list of float
         Seconds of every device that do not depend on tokens.
+
+    Shares are equal at first; set ``amount`` and `recount` to begin elsewhere.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ import numpy as np
 from .fields import BoolArray, FloatArray, IntArray
 from .flow import Flow
 from .layout import Layout, flow_of
+from .repartition import best_deal
 from .units import LayerProblem
 
 MOST_FROM = 64
@@ -23,6 +24,9 @@ class Search:
     def __init__(self, layer: LayerProblem, layout: Layout) -> None:
         self.layer = layer
         self.flow: Flow = flow_of(layer, layout.unit_R, layout.device_R, layer.tokens_U, layer.base_D)
+        self.flow.amount = layout.tokens_R.tolist()
+        for d in range(layer.devices):
+            self.flow.recount(d)
         self.unit_R = layout.unit_R
         self.has_UD = np.zeros((layer.units, layer.devices), dtype=np.bool_)
         self.has_UD[layout.unit_R, layout.device_R] = True
@@ -59,8 +63,11 @@ class Search:
         device_R, tokens_R = np.array(flow.device), np.array(flow.amount)
         from_I = np.flatnonzero(inside_D[device_R])
         from_I = from_I[np.argsort(-tokens_R[from_I], kind="stable")][:MOST_FROM]
-        return self._swap(time_D, inside_D, device_R, tokens_R, from_I) or self._move(
-            time_D, inside_D, device_R, tokens_R, from_I
+        return (
+            self._swap(time_D, inside_D, device_R, tokens_R, from_I)
+            or self._move(time_D, inside_D, device_R, tokens_R, from_I)
+            or self._deal(time_D, inside_D, slowest)
+            or self._add(time_D, inside_D, device_R, tokens_R, from_I)
         )
 
     def _component_time(self, inside_D: BoolArray, device_I: IntArray, change_I: FloatArray) -> FloatArray:
@@ -138,6 +145,64 @@ class Search:
         self._put(int(from_I[i]), a, b)
         self._rebalance(a, b)
         return True
+
+    def _deal(self, time_D: FloatArray, inside_D: BoolArray, slowest: int) -> bool:
+        """Deal out afresh what the slowest device and one outside hold, if that lowers the maximum."""
+        if not self.layer.plain:
+            return False
+        weight_D = 1.0 / self.layer.token_s_D
+        outside_B = np.flatnonzero(~inside_D)
+        outside_B = outside_B[np.argsort(time_D[outside_B], kind="stable")]
+        relief = float(weight_D[slowest] / weight_D[inside_D].sum())
+        deal = best_deal(self.layer, self.flow, slowest, outside_B, relief)
+        if deal is None:
+            return False
+        for r in deal.to_b:
+            self._put(r, deal.a, deal.b)
+        for r in deal.to_a:
+            self._put(r, deal.b, deal.a)
+        self._rebalance(deal.a, deal.b)
+        return True
+
+    def _add(
+        self, time_D: FloatArray, inside_D: BoolArray, device_R: IntArray, tokens_R: FloatArray, from_I: IntArray
+    ) -> bool:
+        """Give a unit of the component one more replica outside, if sharing with that device lowers the maximum."""
+        layer, b_J = self.layer, np.flatnonzero(~inside_D & (self.slots_left_D > 0))
+        b_J = b_J[time_D[b_J] < self.time_s * (1.0 - 1e-7)]
+        if len(b_J) == 0:
+            return False
+        u_I, a_I = self.unit_R[from_I], device_R[from_I]
+        weight_D = 1.0 / layer.token_s_D
+        inside = float(weight_D[inside_D].sum())
+        then_IJ = time_D[b_J] + layer.read_UD[u_I][:, b_J]
+        level_IJ = (inside * self.time_s + weight_D[b_J] * then_IJ) / (inside + weight_D[b_J])
+        carried_IJ = self.time_s - tokens_R[from_I][:, None] * (1.0 / inside)
+        worst_IJ = np.maximum(level_IJ, carried_IJ)
+        illegal = self.has_UD[u_I][:, b_J] | (layer.width_U[u_I][:, None] > self.slots_left_D[b_J])
+        illegal |= (layer.bytes_U[u_I][:, None] > self.bytes_left_D[b_J]) | ~layer.allowed_UD[u_I][:, b_J]
+        worst_IJ[illegal] = np.inf
+        i, j = divmod(int(worst_IJ.argmin()), len(b_J))
+        if not worst_IJ[i, j] < self.time_s * (1.0 - 1e-7):
+            return False
+        self._grow(int(u_I[i]), int(b_J[j]))
+        self._rebalance(int(a_I[i]), int(b_J[j]))
+        return True
+
+    def _grow(self, unit: int, device: int) -> None:
+        """A new replica, without tokens yet."""
+        flow, layer = self.flow, self.layer
+        replica = len(flow.unit)
+        flow.unit.append(unit)
+        flow.device.append(device)
+        flow.amount.append(0.0)
+        flow.replicas[unit].append(replica)
+        flow.on[device].append(replica)
+        flow.fixed_s[device] += float(layer.read_UD[unit, device])
+        self.unit_R = np.append(self.unit_R, unit)
+        self.has_UD[unit, device] = True
+        self.slots_left_D[device] -= layer.width_U[unit]
+        self.bytes_left_D[device] -= layer.bytes_U[unit]
 
     def _put(self, replica: int, a: int, b: int) -> None:
         """Carry a replica, with its tokens, from device a to device b."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import zip_longest
 
 import numpy as np
 
@@ -11,7 +13,8 @@ from .assemble import shares_R, without_idle
 from .bounds import case_bound, replicas_needed, step_bound
 from .construct import Greed, longest_first, water_filled
 from .cost import Replicas, case_times_CD
-from .fields import FloatArray, IntArray
+from .fields import FloatArray
+from .fill import Target, cut_for, filled
 from .improve import Search
 from .layout import Layout
 from .params import Params
@@ -19,9 +22,11 @@ from .problem import Objective
 from .risk import risk
 from .units import LayerProblem
 
-GREEDS = (Greed(0.0), Greed(0.5), Greed(1.0), Greed(0.0, by_quota=False))
-STEPS = (0, 1, 2, 3, 5, 8, 12, 18, 26, 40, 64, 100, 160, 250)
+GREEDS = (Greed(0.0, by_quota=False), Greed(0.5), Greed(0.0), Greed(1.0))
+STEPS = (0, 1, 3, 8, 18, 40, 100, 250)
 """Replicas beyond the least needed that are tried."""
+TARGETS = ((0.01, 0.5), (0.001, 1.0), (0.03, 1.0), (0.01, 0.0), (0.03, 0.5), (0.06, 0.5), (0.03, 0.0), (0.06, 0.0))
+"""Times above the bound, and company beside full pieces, that are aimed at."""
 
 
 def case_times(layer: LayerProblem, layout: Layout, objective: Objective) -> FloatArray:
@@ -46,22 +51,28 @@ def moved_cost(layer: LayerProblem, layout: Layout) -> float:
     return layer.moved_byte_s * float(layer.bytes_U[layout.unit_R[new_R]].sum())
 
 
-@dataclass(frozen=True, eq=False)
-class Attempt:
-    """Replica counts and how to lay them out."""
-
-    count_U: IntArray
-    greed: Greed
+Attempt = Callable[[], Layout | None]
 
 
 def attempts(layer: LayerProblem, bound_s: float) -> Iterator[Attempt]:
-    """Few replicas beyond the least that ``bound_s`` needs first, then more."""
+    """First layouts in order of promise: longest first with equal pieces and with full ones, and filling."""
     counts = list(water_filled(layer))
     first = max(0, replicas_needed(layer, bound_s) - int(counts[0].sum()))
-    last = len(counts) - 1
-    for at in sorted({min(first + step, last) for step in STEPS} | {last}):
-        for greed in GREEDS:
-            yield Attempt(counts[at], greed)
+    ends = sorted({min(first + step, len(counts) - 1) for step in STEPS})
+    equal = (partial(longest_first, layer, counts[at], greed) for at in ends for greed in GREEDS)
+    if not layer.plain:
+        yield from equal
+        return
+    targets = [Target(bound_s * (1.0 + above), company) for above, company in TARGETS]
+    full = (partial(_cut, layer, target, greed) for target in targets for greed in GREEDS)
+    fill = (partial(filled, layer, target) for target in targets)
+    for group in zip_longest(equal, fill, full):
+        yield from (attempt for attempt in group if attempt is not None)
+
+
+def _cut(layer: LayerProblem, target: Target, greed: Greed) -> Layout | None:
+    cut = cut_for(layer, target)
+    return None if cut is None else longest_first(layer, cut[0], replace(greed, piece=cut[1]))
 
 
 class LayerSearch:
@@ -94,7 +105,7 @@ class LayerSearch:
         if attempt is None:
             self.exhausted = True
             return
-        layout = longest_first(self.layer, attempt.count_U, attempt.greed)
+        layout = attempt()
         if layout is not None:
             self._try(layout, gap)
 
