@@ -40,7 +40,8 @@ class Site:
         return -(-(self.model.experts + self.spare_slots) // len(self.seats))
 
     def cluster(self) -> Cluster:
-        held = int(self.model.bytes_LE.max() * self.slots * self.model.layers + self.model.shared_bytes) + 1
+        model = self.model
+        held = int((model.bytes_LE.max() * self.slots + model.shared_bytes) * model.layers) + 1
         return Cluster(tuple(Device(s.device, "cpu", held, _CPU_FLOPS, _CPU_BYTES_S, s.node) for s in self.seats))
 
     def problem(self, loads: Loads, current: Placement | None = None) -> PlacementProblem:
