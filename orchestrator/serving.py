@@ -23,9 +23,10 @@ from ..workers.model_files import ModelFiles
 from . import remote
 from .config import NAMESPACE, DeploymentConfig
 from .controller_actor import ControllerService
+from .core.layout import Seat
 from .ingress.deployment import ActorMembers, Lifeline, build_ingress
 from .ingress.settings import IngressSettings
-from .planning import max_model_len
+from .planning import fitting_placement, max_model_len
 
 _POLL_S = 0.2
 _HEALTH_S = 1.0
@@ -40,8 +41,11 @@ def serve_until_stopped(config: DeploymentConfig, address: str | None, verbose: 
     OperatorError
         The checkpoint, the port, the cluster or the options do not allow it.
     """
-    config = replace(config, checkpoint=os.path.abspath(config.checkpoint))
-    settings = _settings(config, ModelFiles.open(config.checkpoint, config.dtype))
+    config = _absolute(config)
+    model = ModelFiles.open(config.checkpoint, config.dtype)
+    settings = _settings(config, model)
+    if config.placement_file is not None:  # the controller reads it again; a mistake is told before Ray starts
+        fitting_placement(config.placement_file, [Seat(f"cpu-{i}", "") for i in range(config.workers)], model)
     _check_port_free(config.endpoint.host, config.endpoint.port)
     console = Console(stderr=True)
     stop = _stop_signals()
@@ -58,6 +62,12 @@ def serve_until_stopped(config: DeploymentConfig, address: str | None, verbose: 
     finally:
         stop()
         ray.shutdown()
+
+
+def _absolute(config: DeploymentConfig) -> DeploymentConfig:
+    """Paths as other processes of this machine understand them, wherever they run."""
+    files = {name: getattr(config, name) for name in ("checkpoint", "placement_file", "loads_file")}
+    return replace(config, **{name: os.path.abspath(path) for name, path in files.items() if path is not None})
 
 
 def _settings(config: DeploymentConfig, model: ModelFiles) -> IngressSettings:
