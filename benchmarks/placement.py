@@ -121,7 +121,7 @@ def run(parts: tuple[str, ...], quick: bool) -> tuple[str, list[Row]]:
     """Every part, shown as it is measured; returns the routing's source and all rows."""
     rows: list[Row] = []
     for case in cases(quick) if "fresh" in parts else ():
-        rows.append(fresh(case, 2.0 if quick else 10.0))
+        rows.append(fresh(case, 2.0 if quick else 9.0))
         show(rows[-1:], ("case", "gap", "seconds", *BASELINES))
     for change in changes(quick) if "change" in parts else ():
         found = measure(change, 8.0 if quick else 26.0)

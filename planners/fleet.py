@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from ..errors import OperatorError
+from .fields import fail
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,4 +266,4 @@ def _at_least_0(value: float) -> bool:
 
 def _expect(good: bool, field: str, value: object, expected: str) -> None:
     if not good:
-        raise OperatorError(f"fleet: {field}: {value!r}: expected {expected}")
+        fail(f"fleet: {field}", value, expected)

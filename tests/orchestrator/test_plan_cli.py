@@ -254,8 +254,8 @@ def test_bad_model_files(tmp_path: Path, text: str, message: str) -> None:
     [
         ("decode: 12e3, memory: 120e9", "decode: 12e3", "kinds.large.capacity"),
         ("running: 4", "running: -4", "kinds.large.running: -4; expected a whole number >= 0"),
-        ("quantile: 0.95", "quantile: 0.99", "targets[0].quantile: 0.99: expected within the forecast's 0.5..0.95"),
-        ("{resource: memory}", "{resource: disk}", "targets[1].resource: 'disk': expected one of decode, memory"),
+        ("quantile: 0.95", "quantile: 0.99", "targets[0].quantile: 0.99; expected within the forecast's 0.5..0.95"),
+        ("{resource: memory}", "{resource: disk}", "targets[1].resource: 'disk'; expected one of decode, memory"),
         ("[0.5, 0.95]", "[0.95, 0.5]", "forecasts[decode].quantiles"),
         ("period_s: 600", "period_s: soon", "period_s: 'soon'; expected a number >= 0"),
     ],
