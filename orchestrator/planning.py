@@ -96,10 +96,11 @@ def plan_layout(config: DeploymentConfig, model: ModelFiles, nodes: Sequence[Nod
     """
     seats = seat_workers(nodes, config.workers)
     shape = (len(model.config.moe_layers), model.config.experts)
+    site = Site(seats, model_spec(model.config), config.spare_slots)
     if config.placement_file is not None:
         placement = fitting_placement(config.placement_file, seats, model)
     else:
-        placement = planned_placement(config, Site(seats, model_spec(model.config), config.spare_slots), now)
+        placement = planned_placement(config, site, now)
     block_tokens = config.engine.block_tokens
     sizes = ModelSizes(model.expert_bytes, model.trunk_bytes, model.kv_block_bytes(block_tokens))
     experts = [sizes.expert_bytes] * (shape[0] * shape[1])
@@ -112,6 +113,7 @@ def plan_layout(config: DeploymentConfig, model: ModelFiles, nodes: Sequence[Nod
         max(Counter(seat.node for seat in seats).values()),
         kv_blocks_wanted=config.engine.max_running * length_blocks,
         kv_blocks_needed=length_blocks,
+        reserved_experts=site.slots * shape[0],
     )
     exchange = exchange_kind(config, seats)
     region = region_bytes(len(seats), MAILBOX_BYTES) if exchange == "shared" else 0
@@ -122,4 +124,5 @@ def plan_layout(config: DeploymentConfig, model: ModelFiles, nodes: Sequence[Nod
         memory_mode="shared",
         exchange=exchange,
         exchange_pages=pages_for(region, page_bytes) if region else 0,
+        reserved_experts=site.slots * shape[0],
     )

@@ -51,6 +51,8 @@ class MemoryLimits:
         Blocks with which every running sequence reaches its full length.
     kv_blocks_needed : int
         Blocks that one sequence of full length takes: fewer cannot serve.
+    reserved_experts : int
+        Experts, summed over layers, for which every device keeps room whatever it holds now.
     """
 
     device_bytes: int | None
@@ -58,6 +60,7 @@ class MemoryLimits:
     devices_per_node: int
     kv_blocks_wanted: int
     kv_blocks_needed: int
+    reserved_experts: int = 0
 
 
 def pages_of(nbytes: int, page_bytes: int) -> int:
@@ -77,7 +80,8 @@ def plan_memory(sizes: ModelSizes, page_bytes: int, placement: Placement, limits
     """
     expert_pages = pages_of(sizes.expert_bytes, page_bytes)
     block_pages = pages_of(sizes.kv_block_bytes, page_bytes)
-    held = max(sum(len(layer[d]) for layer in placement.experts_LD) for d in range(len(placement.devices)))
+    devices = range(len(placement.devices))
+    held = max(limits.reserved_experts, *(sum(len(layer[d]) for layer in placement.experts_LD) for d in devices))
     everything = placement.layers * placement.experts
     needed = held * expert_pages + limits.kv_blocks_needed * block_pages
     device_bytes = limits.device_bytes

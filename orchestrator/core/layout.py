@@ -36,6 +36,9 @@ class Layout:
         what its workers share (trunk, exchange).
     exchange_pages : int
         Pages of the exchange region in the first node's pool; 0 unless the exchange is ``shared``.
+    reserved_experts : int
+        Physical experts, summed over layers, for which every device keeps room beside its KV cache, so that experts
+        can move to it later.
     """
 
     seats: tuple[Seat, ...]
@@ -44,6 +47,7 @@ class Layout:
     memory_mode: MemoryMode
     exchange: ExchangeKind
     exchange_pages: int = 0
+    reserved_experts: int = 0
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -67,16 +71,19 @@ class Layout:
         return [(layer, expert) for layer in range(len(on)) for expert in on[layer][rank]]
 
     def kv_blocks(self, rank: int) -> int:
-        """KV blocks that this rank has beside its experts."""
-        return self.memory.kv_blocks(len(self.experts_of(rank)))
+        """KV blocks that this rank has beside its experts and the room kept for others."""
+        return self.memory.kv_blocks(max(len(self.experts_of(rank)), self.reserved_experts))
 
     def pool_pages(self, pool: str) -> int:
-        """Pages of a pool, its page table included. Unused pages cost no memory, so a pool holds two generations."""
-        extents = [requests for name, requests in self.extents(0).items() if name == pool]
-        used = sum(request.pages for request in extents[0])
+        """Pages of a pool, its page table included.
+
+        There is room for every expert once, and for the exchange of two generations: unused pages cost no memory, and
+        while experts move, those of two generations are there.
+        """
         ranks = [rank for rank in range(len(self.seats)) if self.device_pool(rank) == pool]
-        room = max(used, len(ranks) * self.memory.device_pages + self.memory.trunk_pages) + 4 * self.exchange_pages
-        return with_table(room, self.memory.page_bytes)
+        experts = self.placement.layers * self.placement.experts * self.memory.expert_pages if ranks else 0
+        kv = sum(self.kv_blocks(rank) for rank in ranks) * self.memory.kv_block_pages
+        return with_table(experts + kv + self.memory.trunk_pages + 2 * self.exchange_pages, self.memory.page_bytes)
 
     def extents(self, generation: int) -> Mapping[str, tuple[ExtentRequest, ...]]:
         """What every pool must hold before this generation can run."""
