@@ -11,6 +11,7 @@ from concertina.planners.fields import FloatArray
 from concertina.planners.model import Loads, ModelSpec
 from concertina.planners.placement import Placement
 from concertina.planners.problem import Objective, PlacementProblem
+from concertina.planners.scenarios import with_samples
 from concertina.planners.solution import Solution, StoppingRule
 from concertina.planners.solve import solve
 from concertina.planners.split import SplitTable, split
@@ -24,7 +25,7 @@ def leave_one_out(
     """One row per held-out domain and method: balancedness (mean / maximum device load), mean and worst layer.
 
     ``fixed``: the plan's own shares (EPLB's are equal). ``split``: the batch's tokens split afresh. ``robust`` knows
-    the other domains as scenarios and that workers will split; the rest know their sum.
+    the other domains as scenarios, samples around them, and that workers will split; the rest know their sum.
     """
     rows = []
     for held, batch_LE in domains.items():
@@ -58,7 +59,7 @@ def _planned(tokens_SLE: FloatArray, method: str, devices: int, spare: int, stop
     robust = method == "robust"
     _, layers, experts = tokens_SLE.shape
     fleet = Cluster(tuple(Device(f"d{i}", "equal", 10**13, 1e12, 1e30) for i in range(devices)))
-    loads = Loads(tokens_SLE if robust else tokens_SLE.mean(axis=0))
+    loads = with_samples(Loads(tokens_SLE)) if robust else Loads(tokens_SLE.mean(axis=0))
     problem = PlacementProblem(
         fleet,
         ModelSpec(layers, experts, 1.0, 1e6),
