@@ -40,6 +40,11 @@ class Bar:
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
         self._progress.stop()
 
+    @property
+    def started(self) -> bool:
+        """Whether the run had anything to do."""
+        return self._run is not None
+
     def start(self, run: RunStart) -> None:
         self._run = run
         self._console.print(

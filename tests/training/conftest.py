@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
-from concertina.workers.training import ModelShape, Recipe, TrainConfig
+from concertina.workers.training.config import ModelShape, Recipe, TrainConfig
 
 WORDS = [*"abcdefghij (),.:=_+", "def", "return", "self", "import", "for", "None", "\n"]
 

@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import signal
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
 from concertina.errors import OperatorError
 from concertina.orchestrator.cli.train import command
 from concertina.orchestrator.cli.train_view import Bar
-from concertina.workers.training import Recipe, TrainConfig
+from concertina.workers.training.config import Recipe, TrainConfig
 from concertina.workers.training.loop import RunOptions
 from concertina.workers.training.pace import steps_for
 
@@ -110,3 +112,15 @@ def test_every_setting_has_an_option():
     names = {p.name for p in command.params}
     fields = {f.name for kind in (type(TrainConfig().model), Recipe) for f in dataclasses.fields(kind)}
     assert fields - names == {"rope_theta", "rms_eps"}
+
+
+def test_a_second_run_of_a_finished_one_says_so(tmp_path, corpus_dir):
+    arguments = (tmp_path / "out", "--data", corpus_dir, "--steps", 2, "--json", *SMALL)
+    first, second = invoke(*arguments), invoke(*arguments)
+    assert "trained before" in second.stderr
+    assert json.loads(first.stdout) == json.loads(second.stdout)
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; from concertina.orchestrator.cli import train; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

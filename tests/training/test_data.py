@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from concertina.errors import OperatorError
-from concertina.workers.training import ModelShape, Recipe, TrainConfig
 from concertina.workers.training.balance import max_over_mean, router_stats
+from concertina.workers.training.config import ModelShape, Recipe, TrainConfig
 from concertina.workers.training.data import Batches, load_corpus
 from concertina.workers.training.evaluate import gzip_bits, held_out_bits, xz_bits
 from concertina.workers.training.model import Decoder

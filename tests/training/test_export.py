@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from concertina.workers.training import RunOptions, train
 from concertina.workers.training.export import write_checkpoint
+from concertina.workers.training.loop import RunOptions, train
 from concertina.workers.training.model import Decoder
 from concertina.workers.training.tokens import EOS, VOCAB
 from hypothesis import given, settings

@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 from concertina.errors import OperatorError
-from concertina.workers.training import ModelShape, RunOptions, TrainConfig, TrainingStopped, train
+from concertina.workers.training.config import ModelShape, TrainConfig
 from concertina.workers.training.data import load_corpus
+from concertina.workers.training.loop import RunOptions, train
 from concertina.workers.training.model import Decoder
-from concertina.workers.training.report import Silent
+from concertina.workers.training.report import Silent, TrainingStopped
 from concertina.workers.training.state import STATE, TrainState
 from safetensors.torch import load_file
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar, get_args
 
 from ...errors import OperatorError
@@ -146,6 +146,10 @@ class TrainConfig:
             raise OperatorError(
                 f"seq_len: {self.recipe.seq_len} must be at most max_positions ({self.model.max_positions})"
             )
+
+    def with_steps(self, steps: int) -> TrainConfig:
+        """The same but for the number of steps."""
+        return replace(self, recipe=replace(self.recipe, steps=steps))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
