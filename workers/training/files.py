@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ...errors import OperatorError
 
 
@@ -25,7 +27,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb") as f:
             os.fsync(f.fileno())
         temporary.replace(path)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         temporary.unlink(missing_ok=True)
         raise OperatorError(f"{path}: cannot be written: {e}") from e
 

@@ -46,7 +46,7 @@ def read_record(folder: Path) -> RunRecord | None:
     if not folder.is_dir():
         raise OperatorError(f"{folder}: expected a directory")
     if not path.exists():
-        if any(folder.iterdir()):
+        if any(p.suffix != ".tmp" for p in folder.iterdir()):  # a crash may leave the record's temporary file
             raise OperatorError(f"{folder}: holds files that concertina train did not write; choose an empty directory")
         return None
     record = read_json(path)
