@@ -100,11 +100,11 @@ class DeploymentConfig:
             "max_running": self.engine.max_running,
             "max_waiting": self.engine.max_waiting,
             "block_tokens": self.engine.block_tokens,
-            "max_model_len": self.engine.max_model_len or 1,
-            "threads": self.engine.threads or 1,
+            "max_model_len": self.engine.max_model_len,
+            "threads": self.engine.threads,
         }
         for name, value in positive.items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise OperatorError(f"{name.replace('_', '-')}: {value} is too small; expected at least 1")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise OperatorError(f"name: {self.name!r}; expected letters, digits, dots, dashes and underscores")

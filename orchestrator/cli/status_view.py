@@ -10,7 +10,7 @@ from ..status import DeploymentStatus, PoolStatus, WorkerStatus
 
 _MIB = 1 << 20
 _PURPOSES = ("experts", "trunk", "kv", "exchange", "table", "free")
-_WORKER_COLUMNS = ("experts", "routed", "run+wait", "KV used", "KV blocks", "prompt", "output", "tok/s")
+_WORKER_COLUMNS = ("experts", "routed", "run+wait", "KV used", "blocks", "prompt", "output", "tok/s")
 
 
 class StatusView:
@@ -61,13 +61,13 @@ def _workers_table(status: DeploymentStatus, rates: dict[int, float]) -> Table:
 
 def _worker_cells(w: WorkerStatus, routed_total: int, rate: float | None, several: bool) -> tuple[str, ...]:
     return (
-        f"{w.device}@{w.node[:6]}" if several else w.device,
+        f"{w.device}@{w.node[:4]}" if several else w.device,
         w.state,
         _spread(w.experts_per_layer),
         f"{w.routed_tokens / routed_total:.0%}" if routed_total else "-",
         f"{w.load.running}+{w.load.waiting}",
         f"{w.load.kv_blocks_used / max(1, w.load.kv_blocks):.0%}",
-        f"{w.load.kv_blocks:,}",
+        _count(w.load.kv_blocks),
         _count(w.prompt_tokens),
         _count(w.generated_tokens),
         "-" if rate is None else f"{rate:,.0f}",
