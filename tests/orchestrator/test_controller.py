@@ -1,0 +1,164 @@
+"""The controller's shell over hands in memory: it starts, shows what it is doing, and fails with the reason."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from concertina.errors import InternalError, OperatorError
+from concertina.orchestrator.config import DeploymentConfig, EndpointOptions, EngineOptions
+from concertina.orchestrator.controller import Controller
+from concertina.orchestrator.hands import NodeInfo
+
+from ..checkpoints import make_checkpoint
+from .fake_hands import FakeHands
+
+LIMIT_S = 30.0
+HERE, THERE = NodeInfo("here", "127.0.0.1", 4, 1 << 30), NodeInfo("there", "10.0.0.2", 4, 1 << 30)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("mixtral", tmp_path_factory.mktemp("mixtral"))
+
+
+@asynccontextmanager
+async def controlled(config: DeploymentConfig, hands: FakeHands) -> AsyncIterator[Controller]:
+    controller = Controller(config, hands)
+    try:
+        await asyncio.wait_for(controller.start(), LIMIT_S)
+        yield controller
+    finally:
+        await controller.stop()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+def failure_of(controller: Controller) -> str:
+    try:
+        controller.check()
+    except InternalError as e:
+        return str(e)
+    return ""
+
+
+def test_from_nothing_to_serving(checkpoint: Path) -> None:
+    async def go() -> None:
+        hands = FakeHands(HERE)
+        endpoint = EndpointOptions(port=81)
+        config = DeploymentConfig(str(checkpoint), 3, endpoint=endpoint, engine=EngineOptions(max_running=5))
+        async with controlled(config, hands) as controller:
+            controller.check()
+            assert [(a.host, a.port) for a in controller.members()] == [("127.0.0.1", 9000 + i) for i in range(3)]
+            (owner,) = hands.owners
+            assert {w.config.scheduler.max_running for w in hands.workers} == {5}
+            assert {w.config.threads for w in hands.workers} == {1}
+            for rank, worker in enumerate(hands.workers):
+                assignment = worker.prepared[1]
+                assert assignment.rank == rank
+                assert assignment.device.pages == owner.extents
+                assert assignment.device.token == config.token == worker.config.token
+                assert assignment.generation.exchange.kind == "shared"
+            status = await controller.status()
+            assert (status.phase, status.generation, status.experts) == ("serving", 1, 5)
+            assert status.endpoint == "http://127.0.0.1:81"
+            assert all(sum(w.experts_per_layer[i] for w in status.workers) >= 5 for i in range(3))
+            (pool,) = status.pools
+            assert sum(pool.by_purpose.values()) == pool.pages
+            progress = await controller.progress()
+            assert progress.loaded_bytes == progress.total_bytes > 0
+        assert all(w.stopped for w in hands.workers)
+
+    asyncio.run(go())
+
+
+def test_two_nodes_have_an_owner_each_and_meet_at_a_store(checkpoint: Path) -> None:
+    async def go() -> None:
+        hands = FakeHands(HERE, THERE)
+        async with controlled(DeploymentConfig(str(checkpoint), 2), hands) as controller:
+            assert len(hands.owners) == 2
+            assert [a.host for a in controller.members()] == ["127.0.0.1", "10.0.0.2"]
+            exchanges = {w.prepared[1].generation.exchange for w in hands.workers}
+            assert {(e.kind, e.store_host, e.store_port) for e in exchanges} == {("gloo", "10.0.0.1", 5555)}
+            for rank, worker in enumerate(hands.workers):
+                assert worker.prepared[1].device.address == f"@{hands.owners[rank].config.name}"
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("call", ["start_owner", "start_worker", "fill", "prepare", "commit", "open_store"])
+def test_a_failed_step_ends_the_start_with_its_reason(checkpoint: Path, call: str) -> None:
+    async def go() -> None:
+        hands = FakeHands(HERE)
+        hands.faults.errors[call] = OperatorError("the disk burns")
+        controller = Controller(DeploymentConfig(str(checkpoint), 2, exchange="gloo"), hands)
+        with pytest.raises(InternalError, match="the disk burns"):
+            await asyncio.wait_for(controller.start(), LIMIT_S)
+        assert controller.members() == []
+        status = await controller.status()
+        assert (status.phase, status.detail) == ("failed", "the disk burns")
+        calls = len(hands.faults.calls)
+        await asyncio.sleep(1.1)  # a tick later nothing was tried again
+        assert len(hands.faults.calls) == calls
+        await controller.stop()
+
+    asyncio.run(go())
+
+
+def test_a_dead_worker_is_noticed_and_named(checkpoint: Path) -> None:
+    async def go() -> None:
+        hands = FakeHands(HERE)
+        async with controlled(DeploymentConfig(str(checkpoint), 2), hands) as controller:
+            hands.workers[1].dead = True
+            await until(lambda: bool(failure_of(controller)))
+            assert failure_of(controller).startswith("worker 1 (cpu-1): ")
+            assert "its process ended" in failure_of(controller)
+            assert controller.members() == []
+            assert (await controller.status()).phase == "failed"
+        assert [w.stopped for w in hands.workers] == [True, False]
+
+    asyncio.run(go())
+
+
+def test_a_failed_engine_is_told_with_its_error(checkpoint: Path) -> None:
+    async def go() -> None:
+        hands = FakeHands(HERE)
+        async with controlled(DeploymentConfig(str(checkpoint), 1), hands) as controller:
+            hands.faults.errors["engine"] = RuntimeError("NaN everywhere")
+            await until(lambda: bool(failure_of(controller)))
+            assert failure_of(controller) == "worker 0 (cpu-0): RuntimeError: NaN everywhere"
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("fields", "nodes", "says"),
+    [
+        ({"device_memory_bytes": 1 << 16}, [HERE], "device-memory"),
+        ({"placement_file": "/nowhere.json"}, [HERE], "/nowhere.json"),
+        ({"engine": EngineOptions(max_model_len=2000)}, [HERE], "max-model-len: 2000"),
+        ({"workers": 2, "exchange": "shared"}, [HERE, THERE], "exchange: shared memory"),
+        ({}, [], "no node is alive"),
+    ],
+)
+def test_what_cannot_be_starts_nothing(
+    checkpoint: Path, fields: dict[str, Any], nodes: list[NodeInfo], says: str
+) -> None:
+    async def go() -> None:
+        hands = FakeHands(*nodes)
+        controller = Controller(DeploymentConfig(str(checkpoint), **fields), hands)
+        with pytest.raises(OperatorError, match=re.escape(says)):
+            await controller.start()
+        await controller.stop()
+        assert hands.faults.calls == []
+
+    asyncio.run(go())
