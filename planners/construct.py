@@ -20,15 +20,17 @@ def replica_limits(layer: LayerProblem) -> tuple[IntArray, IntArray]:
     return least_U.astype(np.int64), np.maximum(roomy_UD.sum(axis=1), least_U).astype(np.int64)
 
 
-def water_filled(layer: LayerProblem) -> Iterator[IntArray]:
+def water_filled(layer: LayerProblem, weight_U: FloatArray | None = None) -> Iterator[IntArray]:
     """Replica counts that grow by one replica at a time, always of the unit with most tokens per replica.
 
-    The first counts are the least that the rules allow; ends when slots or units are used up.
+    The first counts are the least that the rules allow; ends when slots or units are used up. ``weight_U`` stands in
+    for the mean tokens where given.
     """
+    tokens = (layer.tokens_U if weight_U is None else weight_U).tolist()
     least_U, most_U = replica_limits(layer)
     count = least_U.tolist()
     free = int(layer.slots_D.sum()) - int(least_U @ layer.width_U)
-    heap = [(-t / c, u) for u, (t, c) in enumerate(zip(layer.tokens_U.tolist(), count, strict=True))]
+    heap = [(-t / c, u) for u, (t, c) in enumerate(zip(tokens, count, strict=True))]
     heapq.heapify(heap)
     yield np.array(count, dtype=np.int64)
     while heap:
@@ -37,7 +39,7 @@ def water_filled(layer: LayerProblem) -> Iterator[IntArray]:
             continue
         count[u] += 1
         free -= int(layer.width_U[u])
-        heapq.heappush(heap, (-float(layer.tokens_U[u]) / count[u], u))
+        heapq.heappush(heap, (-tokens[u] / count[u], u))
         yield np.array(count, dtype=np.int64)
 
 

@@ -20,6 +20,7 @@ from .layout import Layout
 from .params import Params
 from .problem import Objective
 from .risk import risk
+from .robust import RobustSearch
 from .units import LayerProblem
 
 GREEDS = (Greed(0.0, by_quota=False), Greed(0.5), Greed(0.0), Greed(1.0))
@@ -27,6 +28,14 @@ STEPS = (0, 1, 3, 8, 18, 40, 100, 250)
 """Replicas beyond the least needed that are tried."""
 TARGETS = ((0.01, 0.5), (0.001, 1.0), (0.03, 1.0), (0.01, 0.0), (0.03, 0.5), (0.06, 0.5), (0.03, 0.0), (0.06, 0.0))
 """Times above the bound, and company beside full pieces, that are aimed at."""
+
+SPREADS = (3.0, 1.0, 0.0)
+PARTS = (1.0, 0.5, 0.25, 0.0)
+"""How `broad_attempts` spreads replicas over units, and parts of the free slots that it uses."""
+MOVES = 25
+"""Moves over all cases in one piece of work."""
+PATIENCE = 8
+"""Pieces of work without any accepted move after which a layer is given up."""
 
 
 def case_times(layer: LayerProblem, layout: Layout, objective: Objective) -> FloatArray:
@@ -75,6 +84,19 @@ def _cut(layer: LayerProblem, target: Target, greed: Greed) -> Layout | None:
     return None if cut is None else longest_first(layer, cut[0], replace(greed, piece=cut[1]))
 
 
+def broad_attempts(layer: LayerProblem) -> Iterator[Attempt]:
+    """First layouts for several cases with the split as recourse: replicas broadly, for the freedom they give.
+
+    Counts follow the mean plus two standard deviations over cases; a constant on top spreads replicas over more units.
+    """
+    deviation_CU = (layer.tokens_CU - layer.tokens_U) ** 2
+    risk_U = layer.tokens_U + 2.0 * np.sqrt(layer.case_weight_C @ deviation_CU)
+    for spread in SPREADS:
+        counts = list(water_filled(layer, risk_U + spread * float(layer.tokens_U.mean())))
+        for part in PARTS:
+            yield partial(longest_first, layer, counts[int(part * (len(counts) - 1))], Greed())
+
+
 class LayerSearch:
     """Anytime search of one layer; `advance` does one piece of work."""
 
@@ -89,7 +111,10 @@ class LayerSearch:
         self.cost_s = np.inf
         self.pieces = 0
         self.exhausted = False
-        self._todo = attempts(layer, self.mean_bound_s)
+        self._several = objective.split == "per_batch" and not alone
+        self._todo = broad_attempts(layer) if self._several else attempts(layer, self.mean_bound_s)
+        self._robust: RobustSearch | None = None
+        self._idle = 0
         if start is not None:
             self._try(start)
 
@@ -103,13 +128,29 @@ class LayerSearch:
         self.pieces += 1
         attempt = next(self._todo, None)
         if attempt is None:
-            self.exhausted = True
+            self._after_attempts()
             return
         layout = attempt()
         if layout is not None:
             self._try(layout, gap)
 
+    def _after_attempts(self) -> None:
+        """Nothing left for one case; several cases go on with moves judged by all of them."""
+        if not self._several or self.best is None or self._idle >= PATIENCE:
+            self.exhausted = True
+            return
+        if self._robust is None:
+            self._robust = RobustSearch(self.layer, self.best, self.objective, self.params.seed + self.layer.layer)
+        if self._robust.run(MOVES):
+            self._idle = 0
+            self.offer(self._robust.layout())
+        else:
+            self._idle += 1
+
     def _try(self, layout: Layout, gap: float = 0.0) -> None:
+        if self._several:
+            self.offer(layout)
+            return
         search = Search(self.layer, layout)
         search.run(self.mean_bound_s, gap, self.params.rounds)
         self.offer(search.layout())
