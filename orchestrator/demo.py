@@ -13,9 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -77,29 +78,20 @@ def serving(checkpoint: Path, port: int) -> Iterator[float]:
 
 
 def _healthy(port: int) -> bool:
-    try:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except OSError:
-        return False
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
 
 
 def stream(port: int, model: str, prompt: str) -> Streamed:
     """Print a prompt and its completion as it arrives."""
     body = {"model": model, "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0.5, "seed": 7, "stream": True}
     body["stream_options"] = {"include_usage": True}
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-    begin = time.monotonic()
-    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    if response.status != 200:
-        raise OperatorError(f"the endpoint answered {response.status}: {response.read().decode()}")
-    first, tokens = 0.0, 0
-    for line in response:
-        if not line.startswith(b"data: {"):
-            continue
-        event = json.loads(line[6:])
+    first, tokens, begin = 0.0, 0, time.monotonic()
+    for event in events(port, body):
         for choice in event["choices"]:
             first = first or time.monotonic() - begin
             sys.stdout.write(choice["text"])
@@ -107,6 +99,18 @@ def stream(port: int, model: str, prompt: str) -> Streamed:
         if event.get("usage"):
             tokens = event["usage"]["completion_tokens"]
     return Streamed(tokens, first, time.monotonic() - begin)
+
+
+def events(port: int, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The server-sent events of a streamed completion."""
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=120)) as connection:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != 200:
+            raise OperatorError(f"the endpoint answered {response.status}: {response.read().decode()}")
+        for line in response:
+            if line.startswith(b"data: {"):
+                yield json.loads(line[6:])
 
 
 def summary(console: Console, checkpoint: Path, ready_s: float, streamed: list[Streamed]) -> None:
