@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from typing import Any
 
 import ray
@@ -15,6 +16,7 @@ from .status import DeploymentStatus
 LOCAL = "local"
 _LOG_LEVEL = logging.ERROR
 _CONTROLLER = "controller/"
+_KNOCK_S = 5.0
 
 
 def controller_name(deployment: str) -> str:
@@ -32,17 +34,30 @@ def connect_to(address: str | None) -> None:
     """
     where = address or os.environ.get("RAY_ADDRESS") or "auto"
     try:
+        _knock(where)
         ray.init(where, namespace=NAMESPACE, log_to_driver=False, logging_level=_LOG_LEVEL)
-    except (ConnectionError, ValueError, RuntimeError) as e:
+    except (OSError, ValueError, RuntimeError) as e:
         raise OperatorError(
             f"address: no Ray cluster answers at {where!r} ({e}); start one with concertina serve or ray start --head"
         ) from e
+
+
+def _knock(address: str) -> None:
+    """Raise `OSError` if ``address`` is a host and a port at which nobody listens: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), _KNOCK_S).close()
 
 
 def join_or_start(address: str | None, workers: int, verbose: bool) -> bool:
     """Join the cluster that runs here, or start an embedded one; True if it was started.
 
     ``address`` ``"local"`` always starts one; any other value must answer.
+
+    Raises
+    ------
+    OperatorError
+        No cluster answers there, or none could be started.
     """
     if address != LOCAL:
         if address or os.environ.get("RAY_ADDRESS"):
@@ -53,15 +68,19 @@ def join_or_start(address: str | None, workers: int, verbose: bool) -> bool:
             return False
         except ConnectionError:
             logging.getLogger(__name__).info("no Ray cluster runs here: starting an embedded one")
-    ray.init(
-        LOCAL,
-        namespace=NAMESPACE,
-        num_cpus=max(workers, os.cpu_count() or 1),
-        include_dashboard=False,
-        object_store_memory=100 << 20,
-        log_to_driver=verbose,
-        logging_level=_LOG_LEVEL,
-    )
+    try:
+        ray.init(
+            LOCAL,
+            namespace=NAMESPACE,
+            num_cpus=max(workers, os.cpu_count() or 1),
+            include_dashboard=False,
+            object_store_memory=100 << 20,
+            log_to_driver=verbose,
+            logging_level=_LOG_LEVEL,
+        )
+    except Exception as e:  # Ray has no class of its own for a start that fails
+        first = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise OperatorError(f"address: no embedded Ray could be started here: {first}") from e
     return True
 
 
