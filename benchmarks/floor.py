@@ -1,7 +1,9 @@
-"""The machine's floor under a generation: no engine that reads each weight once per step can be faster.
+"""What one generation would take if weights and arithmetic ran at the machine's measured rates.
 
-A forward pass takes at least the longer of two times: its activated weights and KV over the memory bandwidth, its
-floating-point operations over the rate of matrix products; both measured here, in bfloat16 as the model runs.
+A forward pass takes the longer of two times: its activated weights and KV over the rate at which that many bytes are
+read again and again (so a small model is read at its cache's rate), its floating-point operations over the rate of
+bfloat16 products. Experts are counted as if every token chose independently and evenly. Where tokens repeat, fewer
+experts are read and nearer caches hold them: then an engine can be faster than this, so it is an estimate, not a bound.
 """
 
 from __future__ import annotations
@@ -16,31 +18,30 @@ from concertina.workers.model_files import ModelFiles
 
 from .peers.harness import NEW_TOKENS, PROMPT_TOKENS
 
-_READ_BYTES = 256 << 20
 _MATRIX = 1024
-_BEST_OF = 5
+_BEST_OF = 12
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What ``threads`` threads reach: bytes read a second, and bfloat16 operations a second."""
+    """What ``threads`` threads reach: bytes read a second from as many bytes, and bfloat16 operations a second."""
 
     threads: int
     bytes_per_s: float
     flops_per_s: float
 
 
-def measure(threads: int) -> Machine:
-    """Best of a few runs of a sum over 256 MiB and of a 1024 x 1024 x 1024 product."""
+def measure(threads: int, nbytes: int) -> Machine:
+    """Best of a few runs of a sum over ``nbytes`` and of a 1024 x 1024 x 1024 product."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        data = torch.zeros(_READ_BYTES // 4)
+        data = torch.zeros(nbytes // 4)
         a = torch.ones(_MATRIX, _MATRIX, dtype=torch.bfloat16)
         read_s, product_s = _best_s(lambda: data.sum()), _best_s(lambda: a @ a)
     finally:
         torch.set_num_threads(before)
-    return Machine(threads, _READ_BYTES / read_s, 2 * _MATRIX**3 / product_s)
+    return Machine(threads, nbytes / read_s, 2 * _MATRIX**3 / product_s)
 
 
 def _best_s(run: Callable[[], object]) -> float:
@@ -69,16 +70,20 @@ class Model:
         return cls(c, files.trunk_bytes - embedding, files.expert_bytes, files.kv_block_bytes(1))
 
     def tokens_per_s(self, machine: Machine, concurrency: int) -> float:
-        """New tokens a second at best, the prompts' pass included."""
+        """New tokens a second, the prompts' pass included."""
         steps = [self._pass_s(machine, concurrency, PROMPT_TOKENS, 0)]
         steps += [self._pass_s(machine, concurrency, 1, PROMPT_TOKENS + i) for i in range(1, NEW_TOKENS)]
         return concurrency * NEW_TOKENS / sum(steps)
 
+    def weight_bytes(self, tokens: int) -> float:
+        """Weights that a pass with so many tokens reads."""
+        c = self.config
+        active = c.experts * (1 - (1 - c.top_k / c.experts) ** tokens)
+        return self.dense_bytes + len(c.moe_layers) * active * self.expert_bytes
+
     def _pass_s(self, machine: Machine, concurrency: int, new: int, context: int) -> float:
         c, tokens = self.config, concurrency * new
-        # experts that at least one of the tokens chooses, when choices are independent and even
-        active = c.experts * (1 - (1 - c.top_k / c.experts) ** tokens)
-        layers = len(c.moe_layers)
-        nbytes = self.dense_bytes + layers * active * self.expert_bytes + concurrency * context * self.kv_token_bytes
-        flops = 2 * tokens * (self.dense_bytes + layers * c.top_k * self.expert_bytes) / 2  # 2 bytes a weight
+        nbytes = self.weight_bytes(tokens) + concurrency * context * self.kv_token_bytes
+        # 2 bytes a weight, 2 operations a weight and token
+        flops = tokens * (self.dense_bytes + len(c.moe_layers) * c.top_k * self.expert_bytes)
         return max(nbytes / machine.bytes_per_s, flops / machine.flops_per_s)

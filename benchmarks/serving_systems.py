@@ -44,14 +44,14 @@ class System:
         return f"{self.name}_{self.cores}_cores" + ("_http" if self.door == "http" else "")
 
 
-def engines(options: Options, quick: bool) -> list[System]:
-    """Every engine through its own door, peers on as many cores as one worker and as two."""
+def engines(options: Options, both: bool) -> list[System]:
+    """Every engine through its own door, peers on as many cores as one worker, and with ``both`` as two."""
     checkpoint, threads = str(options.checkpoint), options.threads
     systems = []
     for workers in (1, 2):
         cores = workers * threads
         systems.append(_runner("concertina", sys.executable, cores, checkpoint, threads, workers))
-        if workers == 1 or not quick:
+        if workers == 1 or both:
             systems.append(_runner("transformers", sys.executable, cores, checkpoint, cores))
             if options.vllm_python:
                 systems.append(_runner("vllm", options.vllm_python, cores, checkpoint, cores))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,9 @@ class WorkerService:
 
     def __init__(self, config: WorkerConfig) -> None:
         logging.basicConfig(level=logging.INFO)
+        # Before torch: OpenMP threads that wait shall sleep. GNU's default spins for milliseconds, and on a machine
+        # whose cores are shared the one that is waited for then does not get a core (docs/benchmarks.md).
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from .worker import Worker
 
         self._worker = Worker(config)
