@@ -9,6 +9,9 @@ import numpy as np
 from .fields import FloatArray, finite
 from .model import Loads
 
+FREEDOM = 4.0
+"""Degrees of freedom of the noise: held-out domains have experts far from anything seen, more than a normal law has."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -46,7 +49,7 @@ class Sampling:
 def with_samples(loads: Loads, sampling: Sampling | None = None) -> Loads:
     """The given scenarios and sampled ones (eq. 15).
 
-    The logarithm of an expert's tokens is taken as normal, independent between experts, with the mean over the given
+    The logarithm of an expert's tokens is taken as Student-t, independent between experts, with the mean over the given
     scenarios and their variance mixed with a prior. Each sample keeps the layer's mean number of tokens.
     """
     sampling = sampling or Sampling()
@@ -58,7 +61,8 @@ def with_samples(loads: Loads, sampling: Sampling | None = None) -> Loads:
     square_LE = np.tensordot(weight_S, (log_SLE - mean_LE) ** 2, axes=1) * len(weight_S)
     known = len(weight_S) - 1
     sigma_LE = np.sqrt((sampling.belief * sampling.sigma**2 + square_LE) / (sampling.belief + known))
-    noise = np.random.default_rng(sampling.seed).standard_normal((sampling.count, *mean_LE.shape))
+    draw = np.random.default_rng(sampling.seed)
+    noise = draw.standard_t(FREEDOM, (sampling.count, *mean_LE.shape)) / np.sqrt(FREEDOM / (FREEDOM - 2.0))
     drawn = np.exp(mean_LE + sigma_LE * noise)
     drawn *= (total_L / drawn.sum(axis=2))[:, :, None]
     weights = np.concatenate(
