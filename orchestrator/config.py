@@ -67,7 +67,7 @@ class DeploymentConfig:
     device_memory_bytes : int or None
         Pages that each device holds; None takes what fits this node.
     spare_slots : int
-        Physical experts per MoE layer beyond one of each.
+        Physical experts per MoE layer beyond one of each, rounded up so that all devices have equally many slots.
     rebalance_s : float
         Time between two looks at whether experts should move; 0 never moves them.
     loads_file : str or None

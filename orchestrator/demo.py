@@ -129,13 +129,10 @@ def summary(console: Console, checkpoint: Path, ready_s: float, streamed: list[S
 
 def training_rows(checkpoint: Path) -> list[tuple[str, str]]:
     """Held-out quality as the training run recorded it."""
-    record = json.loads((checkpoint / "training.json").read_text())
+    record = json.loads((checkpoint / "training.json").read_text(encoding="utf-8"))["summary"]
     return [
-        ("held-out text, bits per byte", f"{record['held_out_bits_per_byte']:.3f}"),
-        (
-            "  gzip -9 / xz -9e on the same text",
-            f"{record['gzip_bits_per_byte']:.3f} / {record['xz_bits_per_byte']:.3f}",
-        ),
+        ("held-out text, bits per byte", f"{record['held_out_bits']:.3f}"),
+        ("  gzip -9 / xz -9e on the same text", f"{record['gzip_bits']:.3f} / {record['xz_bits']:.3f}"),
     ]
 
 

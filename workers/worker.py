@@ -119,6 +119,7 @@ class Worker:
             frontend.close()
         if self._loop is not None and self._loop is not threading.current_thread():
             self._loop.join(timeout=5)
+        self._leave()
 
     def _serving(self) -> int:
         return self._part.generation if self._part is not None else 0
@@ -164,7 +165,10 @@ class Worker:
                 self._left, self._part = self._part, self._prepared.pop(self._engine.generation)
 
     def _leave(self) -> None:
+        """Let go of the generation that ran here, and of one that was left before."""
         with self._lock:
-            old, self._part, self._engine = self._part, None, None
-        if old is not None:
-            old.close()
+            parts = [self._left, self._part]
+            self._left = self._part = self._engine = None
+        for part in parts:
+            if part is not None:
+                part.close()

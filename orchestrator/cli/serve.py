@@ -56,7 +56,11 @@ _deployment_options = _Group(
         ),
         click.option("--placement", metavar="FILE", help="Where experts live, as written by concertina plan."),
         click.option(
-            "--spare-slots", type=click.IntRange(min=0), default=0, show_default=True, help="Replicas per MoE layer."
+            "--spare-slots",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="Replicas per MoE layer, at least.",
         ),
         click.option(
             "--rebalance-interval",

@@ -51,12 +51,15 @@ def _trouble(state: State, snapshot: Snapshot) -> str:
     """Why this cannot go on: a failed effect, or a member of a generation that is gone."""
     for error in snapshot.errors.values():
         return error
-    if state.serving is not None:
-        for rank, worker in enumerate(state.serving.workers):
-            fact = snapshot.workers.get(worker, WorkerFact("", failed="its process ended"))
-            if fact.failed:
-                return f"worker {rank} ({state.serving.layout.seats[rank].device}): {fact.failed}"
-    return ""
+    if state.serving is None:
+        return ""
+    failed = []
+    for rank, worker in enumerate(state.serving.workers):
+        why = snapshot.workers.get(worker, WorkerFact("", failed="its process ended")).failed
+        if why:
+            failed.append(f"worker {rank} ({state.serving.layout.seats[rank].device}): {why}")
+    # Those that lost a peer only say so; the one that was lost, or what it died of, comes first.
+    return min(failed, key=lambda line: "PeerLost" in line, default="")
 
 
 def _begin(state: State, snapshot: Snapshot) -> State:
