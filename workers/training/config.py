@@ -32,7 +32,7 @@ class ModelShape:
         A size is not positive or sizes do not fit each other.
     """
 
-    layers: int = 4
+    layers: int = 3
     hidden: int = 128
     heads: int = 2
     kv_heads: int = 2
@@ -42,7 +42,7 @@ class ModelShape:
     max_positions: int = 2048
     rope_theta: float = 10000.0
     rms_eps: float = 1e-5
-    norm_topk: bool = False
+    norm_topk: bool = True
 
     def __post_init__(self) -> None:
         for name in ("layers", "hidden", "heads", "kv_heads", "experts", "top_k", "expert_hidden", "max_positions"):
@@ -84,13 +84,13 @@ class Recipe:
         Weights of the load-balancing and the router z-loss.
     """
 
-    steps: int = 1700
+    steps: int = 2500
     batch_tokens: int = 1024
     seq_len: int = 1024
     short_len: int = 16
     growth: float = 0.9
     lr: float = 2e-3
-    vocabulary_lr: float = 1e-2
+    vocabulary_lr: float = 1.2e-2
     warmup: float = 0.05
     schedule: Schedule = "linear"
     weight_decay: float = 0.1

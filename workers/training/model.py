@@ -117,7 +117,7 @@ class Decoder(nn.Module):
             if name.endswith(("o_proj.weight", "moe.down")):
                 p.zero_()
             elif name == "embedding.weight":
-                p.normal_(0, 0.1, generator=generator)
+                p.normal_(0, 0.4, generator=generator)
             elif p.dim() > 1:
                 scale = 0.5 if name.endswith("moe.router") else 1.0
                 p.normal_(0, scale * self.shape.hidden**-0.5, generator=generator)
