@@ -55,7 +55,7 @@ def serve_until_stopped(config: DeploymentConfig, address: str | None, verbose: 
             starting = controller.start.remote()
             with _endpoint(config, settings, leave_serve=started) as opening:
                 _bring_up(starting, opening, controller, console)
-                _announce(config, console, started)
+                _announce(config, started)
                 _watch(controller)
     except KeyboardInterrupt:
         console.print("concertina: stopped")
@@ -170,13 +170,12 @@ def _serve_runs() -> bool:
     return any(a["namespace"] == "serve" for a in ray.util.list_named_actors(all_namespaces=True))
 
 
-def _announce(config: DeploymentConfig, console: Console, started: bool) -> None:
+def _announce(config: DeploymentConfig, started: bool) -> None:
+    """On standard output, where scripts wait for it; everything else is told on standard error."""
     url = f"http://{config.endpoint.host}:{config.endpoint.port}/v1"
     where = "an embedded Ray" if started else "the running Ray cluster"
-    console.print(
-        f"[bold green]serving[/] {config.checkpoint} with {config.workers} workers in {where} at [bold]{url}[/]"
-    )
-    console.print("concertina status shows what runs; Ctrl-C ends everything")
+    print(f"serving {config.checkpoint} with {config.workers} workers in {where} at {url}", flush=True)
+    print("concertina status shows what runs; Ctrl-C ends everything", flush=True)
 
 
 def _watch(controller: Any) -> None:

@@ -100,6 +100,6 @@ def test_the_demo_tells_when_serve_ends_early(monkeypatch: pytest.MonkeyPatch, t
 
 def test_the_demo_reads_what_training_recorded(tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text(
-        '{"held_out_bits_per_byte": 1.5, "gzip_bits_per_byte": 2.25, "xz_bits_per_byte": 2.0}'
+        '{"summary": {"held_out_bits": 1.5, "gzip_bits": 2.25, "xz_bits": 2.0, "steps": 3}}'
     )
     assert [value for _, value in demo.training_rows(tmp_path)] == ["1.500", "2.250 / 2.000"]
