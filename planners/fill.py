@@ -16,6 +16,9 @@ from .fields import FloatArray, IntArray
 from .layout import Layout
 from .units import LayerProblem
 
+WORTH = 0.003
+"""Part of a device's room that one more companion must save: the smallest replicas are kept for the last gaps."""
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -92,6 +95,7 @@ class _Filler:
             return
         least = len(open_R) - (int(self.slots_left_D.sum()) - slots)
         fits = np.flatnonzero(self.tokens_R[open_R] + read + max(0, least - 1) * read <= room)
+        full = room
         lead = int(open_R[fits[0]]) if len(fits) else int(open_R[-1])
         self._give(d, [lead])
         room -= read + float(self.tokens_R[lead])
@@ -103,14 +107,16 @@ class _Filler:
             self._give(d, [int(rest[-1])])
             room -= read + float(self.tokens_R[rest[-1]])
             rest, least, slots = rest[:-1], least - 1, slots - 1
-        self._give(d, self._companions(rest, room, read, max(0, least - 1), slots - 1))
+        self._give(d, self._companions(rest, room, read, max(0, least - 1), slots - 1, full))
 
     def _one_per_unit(self, rest: IntArray) -> IntArray:
         """At most one replica of every unit, so that companions never clash."""
         _, first = np.unique(self.unit_R[rest], return_index=True)
         return rest[np.sort(first)]
 
-    def _companions(self, rest: IntArray, room: float, read: float, least: int, most: int) -> list[int]:
+    def _companions(
+        self, rest: IntArray, room: float, read: float, least: int, most: int, full: float = 1.0
+    ) -> list[int]:
         """Up to three replicas (at least ``least``) whose tokens and reads fill ``room`` best without exceeding it."""
         best, waste = [int(r) for r in rest[len(rest) - least :]] if least else [], np.inf
         if least == 0:
@@ -122,7 +128,7 @@ class _Filler:
             chosen = _fullest(tokens, room - count * read, count)
             if chosen is not None:
                 left = room - count * read - float(tokens[chosen].sum())
-                if left < waste:
+                if left < waste - WORTH * full:
                     best, waste = [int(rest[len(rest) - 1 - k]) for k in chosen], left
         return best
 

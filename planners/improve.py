@@ -6,46 +6,50 @@ each other. Relieving one of them relieves all, because the shares flow.
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+from dataclasses import dataclass
+
 import numpy as np
 
 from .fields import BoolArray, FloatArray, IntArray
-from .flow import Flow
-from .layout import Layout, flow_of
-from .repartition import best_deal
+from .layout import Layout
+from .repartition import MOST_FREE, best_deal, best_trio
+from .search_state import SearchState
 from .units import LayerProblem
 
 MOST_FROM = 64
 """Replicas of the slowest component that one round looks at."""
 
 
-class Search:
-    """A layout under improvement."""
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """What a round spends once plain exchanges no longer help.
 
-    def __init__(self, layer: LayerProblem, layout: Layout) -> None:
-        self.layer = layer
-        self.flow: Flow = flow_of(layer, layout.unit_R, layout.device_R, layer.tokens_U, layer.base_D)
-        self.flow.amount = layout.tokens_R.tolist()
-        for d in range(layer.devices):
-            self.flow.recount(d)
-        self.unit_R = layout.unit_R
-        self.has_UD = np.zeros((layer.units, layer.devices), dtype=np.bool_)
-        self.has_UD[layout.unit_R, layout.device_R] = True
-        self.slots_left_D = layer.slots_D - np.bincount(
-            layout.device_R, weights=layer.width_U[layout.unit_R], minlength=layer.devices
-        ).astype(np.int64)
-        self.bytes_left_D = layer.budget_D - np.bincount(
-            layout.device_R, weights=layer.bytes_U[layout.unit_R], minlength=layer.devices
-        )
-        self.tolerance_s = 1e-8 * max(self.flow.time)
-        self.flow.settle(range(layer.devices), self.tolerance_s)
+    Parameters
+    ----------
+    probes : int
+        Exchanges of shared replicas that are carried out to see what the shares make of them.
+    trios : int
+        Random trios of devices that are re-partitioned exactly.
+    seed : int
+        Of the choice of trios.
+    """
 
-    @property
-    def time_s(self) -> float:
-        return max(self.flow.time)
+    probes: int = 12
+    trios: int = 4
+    seed: int = 0
 
-    def layout(self) -> Layout:
-        tokens_R = np.array(self.flow.amount)
-        return Layout(self.unit_R, np.array(self.flow.device, dtype=np.int64), tokens_R)
+
+class Search(SearchState):
+    """Moves that lower the slowest time, tried in order of what they take to look for."""
+
+    def __init__(self, layer: LayerProblem, layout: Layout, effort: Effort | None = None) -> None:
+        super().__init__(layer, layout)
+        self.effort = effort or Effort()
+        self.random = random.Random(self.effort.seed)
+        nothing: IntArray = np.zeros(0, dtype=np.int64)
+        self._exchanges: tuple[FloatArray, IntArray, IntArray] = np.zeros((0, 0)), nothing, nothing
 
     def run(self, bound_s: float, gap: float, rounds: int) -> int:
         """Improve until within ``gap`` of the bound, stuck, or out of rounds; returns rounds used."""
@@ -67,14 +71,10 @@ class Search:
             self._swap(time_D, inside_D, device_R, tokens_R, from_I)
             or self._move(time_D, inside_D, device_R, tokens_R, from_I)
             or self._deal(time_D, inside_D, slowest)
+            or self._probe()
+            or self._trio(time_D, inside_D, slowest)
             or self._add(time_D, inside_D, device_R, tokens_R, from_I)
         )
-
-    def _component_time(self, inside_D: BoolArray, device_I: IntArray, change_I: FloatArray) -> FloatArray:
-        """Time of the component once ``change_I`` seconds on a device have spread over it."""
-        weight_D = 1.0 / self.layer.token_s_D
-        spread: FloatArray = self.time_s + change_I * (weight_D[device_I] / weight_D[inside_D].sum())
-        return spread
 
     def _swap(
         self, time_D: FloatArray, inside_D: BoolArray, device_R: IntArray, tokens_R: FloatArray, from_I: IntArray
@@ -89,10 +89,11 @@ class Search:
         rate_D, read_UD = layer.token_s_D, layer.read_UD
         down_IJ = less_IJ * rate_D[a_I][:, None] + (read_UD[u_I, a_I][:, None] - read_UD[u_J][:, a_I].T)
         up_IJ = less_IJ * rate_D[b_J] + (read_UD[u_I][:, b_J] - read_UD[u_J, b_J])
-        worst_IJ = np.maximum(self._component_time(inside_D, a_I[:, None], -down_IJ), time_D[b_J] + up_IJ)
+        worst_IJ = np.maximum(self.component_time(inside_D, a_I[:, None], -down_IJ), time_D[b_J] + up_IJ)
         worst_IJ[self.has_UD[u_J][:, a_I].T | self.has_UD[u_I][:, b_J]] = np.inf
         if not layer.plain:
             worst_IJ[~self._swap_legal(from_I, to_J, device_R)] = np.inf
+        self._exchanges = worst_IJ, from_I, to_J
         return self._take(worst_IJ, from_I, to_J)
 
     def _swap_legal(self, from_I: IntArray, to_J: IntArray, device_R: IntArray) -> BoolArray:
@@ -115,9 +116,9 @@ class Search:
             return False
         r, q = int(from_I[i]), int(to_J[j])
         a, b = self.flow.device[r], self.flow.device[q]
-        self._put(r, a, b)
-        self._put(q, b, a)
-        self._rebalance(a, b)
+        self.put(r, a, b)
+        self.put(q, b, a)
+        self.rebalance(a, b)
         return True
 
     def _move(
@@ -130,7 +131,7 @@ class Search:
         a_I, u_I = device_R[from_I], self.unit_R[from_I]
         down_I = tokens_R[from_I] * layer.token_s_D[a_I] + layer.read_UD[u_I, a_I]
         up_IJ = tokens_R[from_I][:, None] * layer.token_s_D[b_J] + layer.read_UD[u_I][:, b_J]
-        worst_IJ = np.maximum(self._component_time(inside_D, a_I, -down_I)[:, None], time_D[b_J] + up_IJ)
+        worst_IJ = np.maximum(self.component_time(inside_D, a_I, -down_I)[:, None], time_D[b_J] + up_IJ)
         illegal = self.has_UD[u_I][:, b_J] | (layer.width_U[u_I][:, None] > self.slots_left_D[b_J])
         if not layer.plain:
             illegal |= (layer.bytes_U[u_I][:, None] > self.bytes_left_D[b_J]) | ~layer.allowed_UD[u_I][:, b_J]
@@ -142,8 +143,8 @@ class Search:
         if not worst_IJ[i, j] < self.time_s * (1.0 - 1e-7):
             return False
         a, b = int(a_I[i]), int(b_J[j])
-        self._put(int(from_I[i]), a, b)
-        self._rebalance(a, b)
+        self.put(int(from_I[i]), a, b)
+        self.rebalance(a, b)
         return True
 
     def _deal(self, time_D: FloatArray, inside_D: BoolArray, slowest: int) -> bool:
@@ -158,10 +159,70 @@ class Search:
         if deal is None:
             return False
         for r in deal.to_b:
-            self._put(r, deal.a, deal.b)
+            self.put(r, deal.a, deal.b)
         for r in deal.to_a:
-            self._put(r, deal.b, deal.a)
-        self._rebalance(deal.a, deal.b)
+            self.put(r, deal.b, deal.a)
+        self.rebalance(deal.a, deal.b)
+        return True
+
+    def _probe(self) -> bool:
+        """Carry out the most promising exchanges of shared replicas, whose shares then shift, until one helps."""
+        worst_IJ, from_I, to_J = self._exchanges
+        shared_U = np.array([len(replicas) > 1 for replicas in self.flow.replicas])
+        shared_IJ = shared_U[self.unit_R[from_I]][:, None] | shared_U[self.unit_R[to_J]]
+        flat = np.where(shared_IJ, worst_IJ, np.inf).ravel()
+        probes = min(self.effort.probes, flat.size)
+        if probes == 0:
+            return False
+        best = np.argpartition(flat, probes - 1)[:probes]
+        for at in best[np.lexsort((best, flat[best]))].tolist():
+            i, j = divmod(at, len(to_J))
+            if np.isfinite(flat[at]) and self._try_swap(int(from_I[i]), int(to_J[j])):
+                return True
+        return False
+
+    def _try_swap(self, r: int, q: int) -> bool:
+        """Exchange two replicas, and back if the maximum does not fall."""
+        flow = self.flow
+        before, amount, time = self.time_s, flow.amount.copy(), flow.time.copy()
+        a, b = flow.device[r], flow.device[q]
+        self.put(r, a, b)
+        self.put(q, b, a)
+        self.rebalance(a, b)
+        if self.time_s < before * (1.0 - 1e-7):
+            return True
+        self.put(r, b, a)
+        self.put(q, a, b)
+        flow.amount, flow.time = amount, time
+        return False
+
+    def _trio(self, time_D: FloatArray, inside_D: BoolArray, slowest: int) -> bool:
+        """Re-partition the slowest device and two others exactly, for a few random pairs with slack."""
+        outside = np.flatnonzero(~inside_D).tolist()
+        if not self.layer.plain or len(outside) < 2:
+            return False
+        weight_D = 1.0 / self.layer.token_s_D
+        relief = float(weight_D[slowest] / weight_D[inside_D].sum())
+        slack = [max(0.0, float(self.time_s - time_D[d])) + 1e-300 for d in outside]
+        for _ in range(self.effort.trios):
+            b, c = self.random.choices(outside, slack, k=2)
+            if b != c and self._deal_trio((slowest, b, c), relief):
+                return True
+        return False
+
+    def _deal_trio(self, trio: tuple[int, int, int], relief: float) -> bool:
+        flow = self.flow
+        replicas = [r for d in trio for r in flow.on[d]]
+        units = Counter(flow.unit[r] for r in replicas)
+        free = [r for r in replicas if units[flow.unit[r]] == 1]
+        if len(free) > MOST_FREE:
+            free = sorted(self.random.sample(free, MOST_FREE))
+        moves = best_trio(self.layer, flow, trio, free, relief) if free else None
+        if not moves:
+            return False
+        for r, a, b in moves:
+            self.put(r, a, b)
+        self.rebalance(*trio)
         return True
 
     def _add(
@@ -185,40 +246,6 @@ class Search:
         i, j = divmod(int(worst_IJ.argmin()), len(b_J))
         if not worst_IJ[i, j] < self.time_s * (1.0 - 1e-7):
             return False
-        self._grow(int(u_I[i]), int(b_J[j]))
-        self._rebalance(int(a_I[i]), int(b_J[j]))
+        self.grow(int(u_I[i]), int(b_J[j]))
+        self.rebalance(int(a_I[i]), int(b_J[j]))
         return True
-
-    def _grow(self, unit: int, device: int) -> None:
-        """A new replica, without tokens yet."""
-        flow, layer = self.flow, self.layer
-        replica = len(flow.unit)
-        flow.unit.append(unit)
-        flow.device.append(device)
-        flow.amount.append(0.0)
-        flow.replicas[unit].append(replica)
-        flow.on[device].append(replica)
-        flow.fixed_s[device] += float(layer.read_UD[unit, device])
-        self.unit_R = np.append(self.unit_R, unit)
-        self.has_UD[unit, device] = True
-        self.slots_left_D[device] -= layer.width_U[unit]
-        self.bytes_left_D[device] -= layer.bytes_U[unit]
-
-    def _put(self, replica: int, a: int, b: int) -> None:
-        """Carry a replica, with its tokens, from device a to device b."""
-        flow, unit, layer = self.flow, int(self.unit_R[replica]), self.layer
-        flow.on[a].remove(replica)
-        flow.on[b].append(replica)
-        flow.device[replica] = b
-        flow.fixed_s[a] -= float(layer.read_UD[unit, a])
-        flow.fixed_s[b] += float(layer.read_UD[unit, b])
-        self.has_UD[unit, a], self.has_UD[unit, b] = False, True
-        self.slots_left_D[a] += layer.width_U[unit]
-        self.slots_left_D[b] -= layer.width_U[unit]
-        self.bytes_left_D[a] += layer.bytes_U[unit]
-        self.bytes_left_D[b] -= layer.bytes_U[unit]
-
-    def _rebalance(self, a: int, b: int) -> None:
-        self.flow.recount(a)
-        self.flow.recount(b)
-        self.flow.settle((a, b), self.tolerance_s)

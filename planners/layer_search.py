@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ from .cost import Replicas, case_times_CD
 from .fields import FloatArray
 from .fill import Target, cut_for, filled
 from .improve import Search
+from .kick import kicked
 from .layout import Layout
 from .params import Params
 from .problem import Objective
@@ -23,7 +25,7 @@ from .risk import risk
 from .robust import RobustSearch
 from .units import LayerProblem
 
-GREEDS = (Greed(0.0, by_quota=False), Greed(0.5), Greed(0.0), Greed(1.0))
+GREEDS = (Greed(1.0), Greed(0.0, by_quota=False), Greed(0.0), Greed(0.5))
 STEPS = (0, 1, 3, 8, 18, 40, 100, 250)
 """Replicas beyond the least needed that are tried."""
 TARGETS = ((0.01, 0.5), (0.001, 1.0), (0.03, 1.0), (0.01, 0.0), (0.03, 0.5), (0.06, 0.5), (0.03, 0.0), (0.06, 0.0))
@@ -34,8 +36,10 @@ PARTS = (1.0, 0.5, 0.25, 0.0)
 """How `broad_attempts` spreads replicas over units, and parts of the free slots that it uses."""
 MOVES = 25
 """Moves over all cases in one piece of work."""
+FRESH = 5
+"""Fresh layouts before every other piece of work disturbs the best one instead."""
 PATIENCE = 8
-"""Pieces of work without any accepted move after which a layer is given up."""
+"""Pieces of work without success after which a layer is given up, once fresh layouts are used up."""
 
 
 def case_times(layer: LayerProblem, layout: Layout, objective: Objective) -> FloatArray:
@@ -114,6 +118,7 @@ class LayerSearch:
         self._several = objective.split == "per_batch" and not alone
         self._todo = broad_attempts(layer) if self._several else attempts(layer, self.mean_bound_s)
         self._robust: RobustSearch | None = None
+        self._random = random.Random(params.seed + layer.layer)
         self._idle = 0
         if start is not None:
             self._try(start)
@@ -126,19 +131,38 @@ class LayerSearch:
     def advance(self, gap: float) -> None:
         """Make and improve one more attempt; sets ``exhausted`` after the last."""
         self.pieces += 1
+        if self._kicks() and self.pieces > FRESH and self.pieces % 2:
+            self._kick(gap)
+            return
         attempt = next(self._todo, None)
         if attempt is None:
-            self._after_attempts()
+            self._after_attempts(gap)
             return
         layout = attempt()
         if layout is not None:
             self._try(layout, gap)
 
-    def _after_attempts(self) -> None:
-        """Nothing left for one case; several cases go on with moves judged by all of them."""
-        if not self._several or self.best is None or self._idle >= PATIENCE:
+    def _kicks(self) -> bool:
+        return self.best is not None and self.layer.plain and not self._several and self.layer.devices >= 3
+
+    def _kick(self, gap: float) -> None:
+        assert self.best is not None
+        layout, before = kicked(self.layer, self.best, self._random), self.cost_s
+        if layout is not None:
+            self._try(layout, gap)
+        self._idle = 0 if self.cost_s < before else self._idle + 1
+
+    def _after_attempts(self, gap: float) -> None:
+        """No fresh layouts are left: disturb the best one, or for several cases go on with moves judged by all."""
+        if self._kicks() and self._idle < PATIENCE:
+            self._kick(gap)
+        elif self._several and self.best is not None and self._idle < PATIENCE:
+            self._move_robustly()
+        else:
             self.exhausted = True
-            return
+
+    def _move_robustly(self) -> None:
+        assert self.best is not None
         if self._robust is None:
             self._robust = RobustSearch(self.layer, self.best, self.objective, self.params.seed + self.layer.layer)
         if self._robust.run(MOVES):

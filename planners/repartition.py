@@ -1,4 +1,7 @@
-"""Exact re-partition of two devices: every way to deal out what they hold, for one device against many at once."""
+"""Exact re-partition of a few devices: every way to deal out what they hold.
+
+Two devices: one against many partners at once. Three: one trio at a time, up to eight of their replicas.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ MOST_REPLICAS = 10
 """Replicas on both devices together up to which all partitions are tried."""
 MOST_CELLS = 400_000
 """Partitions times partner devices that one try may look at."""
+
+MOST_FREE = 8
+"""Replicas of three devices that are dealt out afresh: 6,561 ways."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,3 +103,36 @@ def _table(layer: LayerProblem, flow: Flow, a: int, partners: list[int], widest:
         layer.slots_D[b_B],
         layer.budget_D[b_B],
     )
+
+
+@lru_cache(maxsize=MOST_FREE + 1)
+def _trios(count: int) -> IntArray:
+    """All rows of length ``count`` over 0, 1, 2: which of three devices gets each replica."""
+    rows: IntArray = (np.arange(3**count)[:, None] // 3 ** np.arange(count)) % 3
+    return rows
+
+
+def best_trio(
+    layer: LayerProblem, flow: Flow, trio: tuple[int, int, int], free: list[int], relief: float
+) -> list[tuple[int, int, int]] | None:
+    """Moves (replica, from, to) of the ``free`` replicas with which the slowest of three devices is fastest.
+
+    None if that is not below the first one's time. ``relief`` as in `best_deal`; plain layers only.
+    """
+    rows = _trios(len(free))
+    units = np.array([flow.unit[r] for r in free])
+    tokens = np.array([flow.amount[r] for r in free])
+    now, worst = flow.time[trio[0]], np.zeros(len(rows))
+    for k, d in enumerate(trio):
+        here = rows == k
+        each = layer.read_UD[units, d] + layer.token_s_D[d] * tokens
+        held = np.array([flow.device[r] == d for r in free])
+        time = flow.time[d] - float(each[held].sum()) + here @ each
+        time = now + (time - now) * relief if k == 0 else time
+        room = int(layer.slots_D[d]) - (len(flow.on[d]) - int(held.sum()))
+        worst = np.maximum(worst, np.where(here.sum(axis=1) <= room, time, np.inf))
+    row = int(worst.argmin())
+    if not worst[row] < now * (1.0 - 1e-7):
+        return None
+    to = [trio[k] for k in rows[row].tolist()]
+    return [(r, flow.device[r], d) for r, d in zip(free, to, strict=True) if flow.device[r] != d]
