@@ -46,7 +46,7 @@ def best_deal(layer: LayerProblem, flow: Flow, a: int, partners_B: IntArray, rel
     ``relief`` is the part of a second by which the slowest component gets faster for a second less on ``a``.
     """
     mine = flow.on[a]
-    partners = [b for b in partners_B.tolist() if len(mine) + len(flow.on[b]) <= MOST_REPLICAS and flow.on[b]]
+    partners = [b for b in partners_B.tolist() if len(mine) + len(flow.on[b]) <= MOST_REPLICAS]
     units = {flow.unit[r] for r in mine}
     partners = [b for b in partners if units.isdisjoint(flow.unit[r] for r in flow.on[b])]
     if not partners:
