@@ -220,7 +220,7 @@ class Controller:
             if worker.report.serving and worker.address is None:
                 worker.address = await worker.handle.address()
         except InternalError as e:
-            worker.report = replace(worker.report, failed=str(e))
+            worker.report = replace(worker.report, failed=str(e).removeprefix(f"{name}: "))
 
     async def _do(self, effect: Effect) -> None:
         try:
