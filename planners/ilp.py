@@ -34,14 +34,15 @@ def solve_ilp(
 
     Communication is left to `joint.solve_joint`, except its least value in the bound.
     """
+    began_s = stop.now()
     layers = layer_problems(problem)
     starts = [None if start is None else layout_of(problem, layer, start) for layer in layers]
     searches = [LayerSearch(la, problem.objective, params, st) for la, st in zip(layers, starts, strict=True)]
     part = StoppingRule(stop.time_limit_s * HEURISTIC_PART, stop.gap, stop.iterations, stop.now)
-    run = Run(searches, part, report)
+    run = Run(searches, part, report, began_s)
     run.start()
     run.improve()
-    began_s, outcomes = run.began_s, []
+    outcomes = []
     for done, search in enumerate(searches):
         left_s = stop.time_limit_s - (stop.now() - began_s)
         outcomes.append(_prove(search, params, stop.gap, left_s / (len(layers) - done)))

@@ -20,13 +20,13 @@ Report = Callable[[Progress], None]
 
 
 class Run:
-    """Searches of all layers under one stopping rule."""
+    """Searches of all layers under one stopping rule, whose time runs from ``began_s``: making them took some."""
 
-    def __init__(self, searches: list[LayerSearch], stop: StoppingRule, report: Report | None) -> None:
+    def __init__(self, searches: list[LayerSearch], stop: StoppingRule, report: Report | None, began_s: float) -> None:
         self.searches = searches
         self.stop = stop
         self.report = report
-        self.began_s = stop.now()
+        self.began_s = began_s
         self.reason = "iterations"
 
     def out_of_time(self) -> bool:
@@ -83,10 +83,11 @@ def solve_scalable(
 
     Returns `Infeasible` (not proven) where no attempt found room for every replica.
     """
+    began_s = stop.now()
     layers = layer_problems(problem)
     starts = [None if start is None else layout_of(problem, layer, start) for layer in layers]
     searches = [LayerSearch(la, problem.objective, params, st) for la, st in zip(layers, starts, strict=True)]
-    run = Run(searches, stop, report)
+    run = Run(searches, stop, report, began_s)
     lost = run.start()
     if lost:
         return Infeasible(tuple(_no_room(layer) for layer in lost), proven=False)

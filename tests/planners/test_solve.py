@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from concertina.planners import scalable
 from concertina.planners.bounds import case_bound
 from concertina.planners.check import check, check_placement
 from concertina.planners.cost import evaluate
+from concertina.planners.layer_search import LayerSearch
 from concertina.planners.params import Params
 from concertina.planners.placement import Placement
 from concertina.planners.problem import Objective, Options, Pair, PlacementProblem, Regime
@@ -266,6 +268,23 @@ def test_time_limit_and_progress() -> None:
     assert answer.reason == "time limit"
     assert next(ticks) < 200
     assert [s.cost for s in seen[1:]] == sorted((s.cost for s in seen[1:]), reverse=True)
+
+
+def test_time_spent_on_bounds_counts_into_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that only the making of searches, which computes the bounds, moves on: no time is left after it."""
+    clock = [0.0]
+    pieces: list[int] = []
+
+    def slow_search(*args: Any) -> LayerSearch:
+        clock[0] += 10.0
+        return LayerSearch(*args)
+
+    monkeypatch.setattr(scalable, "LayerSearch", slow_search)
+    stop = StoppingRule(time_limit_s=15.0, gap=0.0, iterations=3, now=lambda: clock[0])
+    p = problem(skewed(2, 24), [1.0, 0.7, 0.4], 12, expert_bytes=2.0)
+    answer = solved(p, "scalable", stop=stop, progress=lambda seen: pieces.append(seen.layers_done))
+    assert answer.reason == "time limit"
+    assert pieces == [1, 2], "only the first layouts, no improvement"
 
 
 def test_warm_start_is_never_made_worse() -> None:
