@@ -48,8 +48,7 @@ class Search(SearchState):
         super().__init__(layer, layout)
         self.effort = effort or Effort()
         self.random = random.Random(self.effort.seed)
-        nothing: IntArray = np.zeros(0, dtype=np.int64)
-        self._exchanges: tuple[FloatArray, IntArray, IntArray] = np.zeros((0, 0)), nothing, nothing
+        self._exchanges = _no_exchanges()
 
     def run(self, bound_s: float, gap: float, rounds: int) -> int:
         """Improve until within ``gap`` of the bound, stuck, or out of rounds; returns rounds used."""
@@ -81,6 +80,7 @@ class Search(SearchState):
     ) -> bool:
         """Exchange a replica of the component with one outside, if that lowers the maximum."""
         layer, to_J = self.layer, np.flatnonzero(~inside_D[device_R])
+        self._exchanges = _no_exchanges()  # those of an earlier round may be illegal by now
         if len(to_J) == 0:
             return False
         a_I, b_J = device_R[from_I], device_R[to_J]
@@ -249,3 +249,8 @@ class Search(SearchState):
         self.grow(int(u_I[i]), int(b_J[j]))
         self.rebalance(int(a_I[i]), int(b_J[j]))
         return True
+
+
+def _no_exchanges() -> tuple[FloatArray, IntArray, IntArray]:
+    nothing: IntArray = np.zeros(0, dtype=np.int64)
+    return np.zeros((0, 0)), nothing, nothing
