@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..errors import OperatorError
 from ..planners.model import Loads
 from ..planners.solution import Clock
 from ..workers.roles import WorkerReport
@@ -66,10 +67,16 @@ class Balancer:
         """A layout that serves the measured loads better, or None. Takes up to seconds: call it in a thread."""
         self._planned_s = self._now()
         if self._file is not None:
-            write_loads(self._file, self.window)
+            self._keep(self._file)
         site = replace(self._site, seats=layout.seats)
         loads = Loads(self.window.per_step_LE)
         verdict = better_placement(site, loads, layout.placement, self._every_s, self._now)
         self.reason = verdict.reason
         _log.info("placement: %s", verdict.reason)
         return None if verdict.placement is None else replace(layout, placement=verdict.placement)
+
+    def _keep(self, path: str) -> None:
+        try:
+            write_loads(path, self.window)
+        except OperatorError as e:
+            _log.error("measured loads are not kept: %s", e)

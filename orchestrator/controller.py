@@ -43,7 +43,8 @@ from .hands import Hands, NodeInfo, OwnerHandle, WorkerHandle
 from .placing import Site
 from .planfiles import model_spec
 from .planning import MAILBOX_BYTES, max_model_len, plan_layout
-from .status import DeploymentStatus, PoolStatus, Progress, WorkerAddress, WorkerStatus
+from .report import worker_statuses
+from .status import DeploymentStatus, PoolStatus, Progress, WorkerAddress
 
 _log = logging.getLogger(__name__)
 _TICK_S = 1.0
@@ -154,7 +155,7 @@ class Controller:
         """One picture of everything."""
         record, config, model = self._state.serving, self._config, self._model
         pools = await asyncio.gather(*(self._pool_status(name) for name in sorted(self._pools)))
-        workers = [self._worker_status(record, rank) for rank in range(len(record.workers))] if record else []
+        workers = worker_statuses(record, [self._workers[w].report for w in record.workers]) if record else ()
         return DeploymentStatus(
             name=config.name,
             model=config.endpoint.model_name or os.path.basename(config.checkpoint),
@@ -166,28 +167,40 @@ class Controller:
             layers=len(model.config.moe_layers) if model else 0,
             experts=model.config.experts if model else 0,
             uptime_s=self._hands.now_s() - self._begin_s,
-            workers=tuple(workers),
+            workers=workers,
             pools=tuple(pools),
             detail=self._state.failure,
         )
 
     async def _run(self) -> None:
-        while True:
-            self._wake.clear()
-            snapshot = await self._look()
-            await self._balance()
-            decision = step(self._state, snapshot)
-            self._errors.clear()
-            self._state = decision.state
-            if decision.reason != self._reason:
-                _log.info("%s", decision.reason)
-            self._reason = decision.reason
-            for effect in decision.effects:
-                self._busy[effect] = asyncio.create_task(self._do(effect))
-            async with self._changed:
-                self._changed.notify_all()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), _TICK_S)
+        try:
+            while True:
+                await self._turn()
+        except Exception as e:  # noqa: BLE001 - whatever ends the loop must end the deployment: nobody acts any more
+            _log.exception("the controller's loop failed")
+            self._state = replace(self._state, failure=f"the controller's loop failed: {_told(e)}")
+            await self._tell()
+
+    async def _turn(self) -> None:
+        self._wake.clear()
+        snapshot = await self._look()
+        await self._balance()
+        decision = step(self._state, snapshot)
+        self._errors.clear()
+        self._state = decision.state
+        if decision.reason != self._reason:
+            _log.info("%s", decision.reason)
+        self._reason = decision.reason
+        for effect in decision.effects:
+            self._busy[effect] = asyncio.create_task(self._do(effect))
+        await self._tell()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), _TICK_S)
+
+    async def _tell(self) -> None:
+        """Wake who waits for the state to change."""
+        async with self._changed:
+            self._changed.notify_all()
 
     async def _balance(self) -> None:
         """Let experts move where the measured loads ask for it, one generation at a time."""
@@ -195,10 +208,15 @@ class Controller:
         if self._balancer is None or state.serving is None or state.pending is not None or state.failure:
             return
         self._balancer.observe({name: worker.report for name, worker in self._workers.items()})
-        if self._balancer.due:
+        if not self._balancer.due:
+            return
+        try:
             better = await asyncio.to_thread(self._balancer.plan, state.serving.layout)
-            if better is not None:
-                self._state = replace(self._state, target=better)
+        except Exception:  # noqa: BLE001 - experts that stay where they are serve; ending that would be worse
+            _log.exception("planning failed; experts stay where they are")
+            return
+        if better is not None:
+            self._state = replace(self._state, target=better)
 
     async def _look(self) -> Snapshot:
         """Ask every worker; owners' extents are known from their last change."""
@@ -225,9 +243,9 @@ class Controller:
     async def _do(self, effect: Effect) -> None:
         try:
             await self._doer(effect)
-        except ConcertinaError as e:
-            _log.error("%s: %s", effect, e)
-            self._errors[effect] = str(e)
+        except Exception as e:  # noqa: BLE001 - one that is not noted would be asked for again, for ever
+            _log.error("%s: %s", effect, e, exc_info=not isinstance(e, ConcertinaError))
+            self._errors[effect] = _told(e)
         finally:
             del self._busy[effect]
             self._wake.set()
@@ -345,30 +363,7 @@ class Controller:
         usage = await pool.handle.usage()
         return PoolStatus(name, pool.node, pool.config.page_bytes, pool.config.pages, usage)
 
-    def _worker_status(self, record: Record, rank: int) -> WorkerStatus:
-        """Routed tokens of a worker are all members' choices of its experts, replicas sharing by their shares."""
-        worker, seat = self._workers[record.workers[rank]], record.layout.seats[rank]
-        report, stats = worker.report, worker.report.stats
-        return WorkerStatus(
-            rank=rank,
-            device=seat.device,
-            node=seat.node,
-            pid=report.pid,
-            state="failed" if report.failed else "serving" if report.serving == record.id else "preparing",
-            experts_per_layer=tuple(len(layer[rank]) for layer in record.layout.placement.experts_LD),
-            load=report.load,
-            prompt_tokens=stats.prompt_tokens,
-            generated_tokens=stats.generated_tokens,
-            routed_tokens=round(self._routed(record, rank)),
-            steps=stats.steps,
-        )
 
-    def _routed(self, record: Record, rank: int) -> float:
-        counts = [self._workers[w].report.counts_LE for w in record.workers]
-        total = 0.0
-        for layer, experts in enumerate(record.layout.placement.replicas_LE):
-            for expert, replicas in enumerate(experts):
-                share = sum(r.share for r in replicas if r.device == rank)
-                if share:
-                    total += share * sum(c[layer][expert] for c in counts if c)
-        return total
+def _told(error: Exception) -> str:
+    """Our own errors speak for themselves; others need their type."""
+    return str(error) if isinstance(error, ConcertinaError) else f"{type(error).__name__}: {error}"

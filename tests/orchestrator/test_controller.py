@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from concertina.errors import InternalError, OperatorError
+from concertina.orchestrator.balancer import Balancer
 from concertina.orchestrator.config import DeploymentConfig, EndpointOptions, EngineOptions
 from concertina.orchestrator.controller import Controller
 from concertina.orchestrator.hands import NodeInfo
@@ -18,7 +19,7 @@ from concertina.orchestrator.hands import NodeInfo
 from ..checkpoints import make_checkpoint
 from .fake_hands import FakeHands
 
-LIMIT_S = 30.0
+LIMIT_S = 10.0
 HERE, THERE = NodeInfo("here", "127.0.0.1", 4, 1 << 30), NodeInfo("there", "10.0.0.2", 4, 1 << 30)
 
 
@@ -160,5 +161,54 @@ def test_what_cannot_be_starts_nothing(
             await controller.start()
         await controller.stop()
         assert hands.faults.calls == []
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("call", ["start_owner", "start_worker", "fill", "prepare", "commit"])
+def test_a_surprise_in_an_effect_is_a_failure_too(checkpoint: Path, call: str) -> None:
+    """Any exception, not only ours: else the effect would be asked for again and again, silently."""
+
+    async def go() -> None:
+        hands = FakeHands(HERE)
+        hands.faults.errors[call] = ValueError("surprise")
+        with pytest.raises(InternalError, match="ValueError: surprise"):
+            async with controlled(DeploymentConfig(str(checkpoint), 2), hands):
+                pytest.fail("it serves")
+        assert hands.faults.calls.count(call) <= 2
+
+    asyncio.run(go())
+
+
+def test_a_surprise_in_the_loop_is_a_failure_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that ends must not leave a deployment that looks well."""
+
+    async def go() -> None:
+        hands = FakeHands(HERE)
+        async with controlled(DeploymentConfig(str(checkpoint), 2), hands) as controller:
+
+            async def broken() -> None:
+                raise ValueError("surprise")
+
+            monkeypatch.setattr(hands.workers[0], "report", broken)
+            await until(lambda: bool(failure_of(controller)))
+            assert "ValueError: surprise" in failure_of(controller)
+            assert controller.members() == []
+
+    asyncio.run(go())
+
+
+def test_a_loads_file_that_cannot_be_written_does_not_stop_serving(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    async def go() -> None:
+        hands = FakeHands(HERE)
+        config = DeploymentConfig(str(checkpoint), 2, rebalance_s=1e-6, loads_file=str(tmp_path / "no" / "loads.json"))
+        async with controlled(config, hands) as controller:
+            monkeypatch.setattr(Balancer, "due", property(lambda self: True))
+            await until(lambda: "cannot be written" in caplog.text)
+            await asyncio.sleep(0.05)
+            controller.check()
+            assert len(controller.members()) == 2
 
     asyncio.run(go())
