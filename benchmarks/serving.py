@@ -28,6 +28,7 @@ from .peers.harness import NEW_TOKENS, prompts
 from .serving_systems import Options, Runner, System, engines, environment, make_gguf, runner, servers
 
 CONCURRENCY = (1, 8, 32)
+QUICK_CONCURRENCY = (1, 8)
 Row = dict[str, Any]
 
 
@@ -50,7 +51,9 @@ def measured(system: System, concurrency: int, answer: Mapping[str, Any]) -> Row
     }
 
 
-def measure_engines(options: Options, rounds: int, both: bool, logs: Path) -> list[Row]:
+def measure_engines(
+    options: Options, rounds: int, both: bool, logs: Path, levels: Sequence[int] = CONCURRENCY
+) -> list[Row]:
     """All engines stay loaded and take turns, so that the machine's noise meets all of them."""
     rows: list[Row] = []
     with ExitStack() as stack:
@@ -59,7 +62,7 @@ def measure_engines(options: Options, rounds: int, both: bool, logs: Path) -> li
             print(f"starting {system.label}", flush=True)
             runners.append(stack.enter_context(runner(system, options.threads, logs)))
         for turn in range(rounds):
-            for concurrency in CONCURRENCY:
+            for concurrency in levels:
                 for each in runners:
                     rows.append(measured(each.system, concurrency, each.round(concurrency, turn)))
                     show(rows[-1])
@@ -156,15 +159,23 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     checkpoint = ensure_checkpoint(Path(args.checkpoint) if args.checkpoint else folder / "checkpoint")
     options = Options(checkpoint, folder / "model.gguf", args.threads, args.vllm_python, args.llamacpp_python)
     make_gguf(options)
-    rounds = 1 if args.quick else args.rounds
-    summary = floors(options)
-    rows = measure_engines(options, rounds, args.peers_on == "both" and not args.quick, folder)
-    for system in servers(options, free_port(), args.quick):
-        rows += measure_server(system, options.threads, rounds)
-    summary |= floors_again(options, summary) | summarise(rows)
+    if args.quick:
+        rows = measure_engines(options, 1, False, folder, QUICK_CONCURRENCY)
+        summary = summarise(rows)
+    else:
+        summary, rows = in_full(args, options, folder)
     for name, value in summary.items():
         print(f"{name}: {value}")
     write_report(args.json, "serving", summary, rows)
+
+
+def in_full(args: argparse.Namespace, options: Options, folder: Path) -> tuple[dict[str, float], list[Row]]:
+    """Every system through every door, and the machine's rates before and after."""
+    summary = floors(options)
+    rows = measure_engines(options, args.rounds, args.peers_on == "both", folder)
+    for system in servers(options, free_port()):
+        rows += measure_server(system, options.threads, args.rounds)
+    return summary | floors_again(options, summary) | summarise(rows), rows
 
 
 def floors_again(options: Options, before: Mapping[str, float]) -> dict[str, float]:
@@ -175,7 +186,7 @@ def floors_again(options: Options, before: Mapping[str, float]) -> dict[str, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="write the report there")
-    parser.add_argument("--quick", action="store_true", help="one round, peers on one worker's cores only")
+    parser.add_argument("--quick", action="store_true", help="one round of the engines at 1 and 8: no HTTP, no floor")
     parser.add_argument("--rounds", type=int, default=3, help="rounds that medians are taken over")
     parser.add_argument("--threads", type=int, default=1, help="threads of each worker; a peer gets as many in all")
     parser.add_argument(

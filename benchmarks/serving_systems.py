@@ -64,11 +64,11 @@ def _runner(name: str, python: str, cores: int, *arguments: object) -> System:
     return System(name, cores, (python, str(_PEERS / f"run_{name}.py"), *map(str, arguments)))
 
 
-def servers(options: Options, port: int, quick: bool) -> list[System]:
+def servers(options: Options, port: int) -> list[System]:
     """Every HTTP server, for the cold start and the load through HTTP."""
     threads = options.threads
     ours = [_concertina_server(options, workers, port) for workers in (1, 2)]
-    if options.vllm_python and not quick:
+    if options.vllm_python:
         ours.append(_vllm_server(options.vllm_python, options.checkpoint, threads, port))
     return ours
 
