@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ..errors import OperatorError
-from .loading import Piece, Progress, load_pieces
+from .generation import LEDGER_KEY
+from .loading import Piece, Progress, Segments, load_pieces
 from .pages.backend import PoolGeometry, runs
 from .pages.holds import PagesHeld
 from .pages.huge import HugePages
 from .pages.memfd import MemfdBackend, MemfdPool
+from .pages.page_server import PageServer
 from .pages.ranges import MemfdRange
+from .pages.records import LedgerRecords, ledger_pages
 from .pages.sharing import PoolServer, fetch_pool
 from .pages.store import TableStore, open_pool
 from .pages.table import Extent, ExtentRequest, PageTable, Purpose
+from .pages.transfer import PageSource
 
 # Written once in full when loaded, so taking whole huge pages at once costs nothing. KV is touched as it fills.
 _HUGE_PURPOSES = ("experts", "trunk")
@@ -41,6 +46,10 @@ class OwnerConfig:
         Try to back weights by huge pages.
     address : str or None
         Unix socket, a path or ``@name``; None gives ``@concertina/<name>``.
+    ledger_record_bytes : int
+        Of a page's record in the pool's ledger; 0: no ledger.
+    host : str
+        Address of this node, at which other nodes read pages.
     """
 
     name: str
@@ -49,6 +58,12 @@ class OwnerConfig:
     token: str = field(repr=False)
     huge_pages: bool = True
     address: str | None = None
+    ledger_record_bytes: int = 0
+    host: str = "127.0.0.1"
+
+    @property
+    def geometry(self) -> PoolGeometry:
+        return PoolGeometry(self.name, self.pages, self.page_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +92,14 @@ class MemoryOwner:
     """
 
     def __init__(self, config: OwnerConfig) -> None:
-        geometry = PoolGeometry(config.name, config.pages, config.page_bytes)
-        pool = MemfdBackend().create(geometry)
+        pool = MemfdBackend().create(config.geometry)
         self._store, self._table = TableStore.format(pool)
+        ledger = ledger_pages(config.geometry, config.ledger_record_bytes)
+        if ledger:  # before anybody can know the pool: there is none without its ledger
+            self._table.allocate(LEDGER_KEY, "table", ledger)
+            self._store.write(self._table)
         self._start(config, pool)
+        self._find_ledger()
 
     @classmethod
     def adopt(cls, config: OwnerConfig, source: str | int) -> MemoryOwner:
@@ -96,20 +115,20 @@ class MemoryOwner:
         Raises
         ------
         OperatorError
-            Not that pool, damaged, or its old owner still lives.
+            Not that pool, damaged, its ledger is of another size, or its old owner still lives.
         InternalError
             Nobody answers at the address.
         """
         owner = cls.__new__(cls)
-        wanted = PoolGeometry(config.name, config.pages, config.page_bytes)
         pool = fetch_pool(source, config.token) if isinstance(source, str) else open_pool(os.dup(source))
-        if pool.geometry != wanted:
+        if pool.geometry != config.geometry:
             pool.close()
-            raise OperatorError(f"pool at {source!r}: expected {wanted}, found {pool.geometry}")
+            raise OperatorError(f"pool at {source!r}: expected {config.geometry}, found {pool.geometry}")
         owner._start(config, pool)
         try:
             owner._store = TableStore(pool)
             owner._table = owner._store.read()
+            owner._find_ledger()
             owner._empty_free_pages()
         except Exception:
             owner.close()
@@ -117,19 +136,34 @@ class MemoryOwner:
         return owner
 
     def _start(self, config: OwnerConfig, pool: MemfdPool) -> None:
+        self.config = config
         self.pool = pool
         self.address = config.address or f"@concertina/{config.name}"
-        self._huge_pages = config.huge_pages
         self._lock = threading.Lock()  # one change at a time
         # First of all, because it is exclusive: two living owners of one pool would both give its pages away.
         self._server = PoolServer(pool, config.token, self.address)
         self._window = MemfdRange(config.pages, config.page_bytes, hold=False)
         self._window.map(0, pool, range(config.pages))
         self._huge = HugePages(self._window)
+        try:
+            self._page_server = PageServer(pool, self._window, config.token, config.host)
+        except BaseException:
+            self._server.close()
+            raise
+
+    def _find_ledger(self) -> None:
+        ledger = self._table.extents.get(LEDGER_KEY)
+        pages = ledger.pages if ledger else ()
+        self._records = LedgerRecords(self.pool, pages, self.config.ledger_record_bytes)
 
     def _empty_free_pages(self) -> None:
         """The old owner may have died between noting pages as free and giving their memory back."""
-        self.pool.free([page for first, count in self._table.free_runs for page in range(first, first + count)])
+        for first, count in self._table.free_runs:
+            self.pool.free(range(first, first + count))
+
+    def source(self) -> PageSource:
+        """Where others read this pool's pages."""
+        return PageSource(self.address, self._page_server.host, self._page_server.port, self.config.token)
 
     def allocate(self, key: str, purpose: Purpose, pages: int) -> Extent:
         """One extent of zeroed pages; see `allocate_all`."""
@@ -145,14 +179,29 @@ class MemoryOwner:
         InternalError
             A key exists already, a purpose is unknown, or a count below 1.
         """
+        with self.pool.holds() as holds:
+            with self._lock:
+                table = self._table.copy()
+                extents = [table.allocate(r.key, r.purpose, r.pages) for r in requests]
+                for extent in extents:
+                    self._enter(extent.purpose, extent.pages)
+                self._commit(table)
+                weights = [e.pages for e in extents if e.purpose in _HUGE_PURPOSES and self.config.huge_pages]
+                for pages in weights:
+                    holds.share(pages)
+            # The kernel may have to move much memory for a huge page: nobody waits for that who does not want these
+            # extents, and they cannot be freed meanwhile.
+            self._huge.collapse([run for pages in weights for run in runs(pages)], table.free_runs)
+        return extents
+
+    def extend(self, key: str, purpose: Purpose, pages: int) -> Extent:
+        """Append ``pages`` zeroed pages to an extent, or to a new one; see `PageTable.extend`."""
         with self._lock:
             table = self._table.copy()
-            extents = [table.allocate(r.key, r.purpose, r.pages) for r in requests]
+            extent = table.extend(key, purpose, pages)
+            self._enter(purpose, extent.pages[-pages:])
             self._commit(table)
-            if self._huge_pages:
-                wanted = [run for e in extents if e.purpose in _HUGE_PURPOSES for run in runs(e.pages)]
-                self._huge.collapse(wanted, table.free_runs)
-        return extents
+        return extent
 
     def free(self, *keys: str) -> None:
         """Free all of the extents or none, and give their memory back.
@@ -166,15 +215,39 @@ class MemoryOwner:
         """
         with self._lock:
             table = self._table.copy()
-            gone = [table.free(key) for key in keys]
-            with self.pool.holds() as holds:
-                held = [extent for extent in gone if not holds.claim(extent.pages)]
-                if held:
-                    raise PagesHeld(self.pool.geometry.name, tuple(extent.key for extent in held))
-                self._commit(table)
-                for extent in gone:
-                    self.pool.punch(extent.pages)
-                    self._huge.forget(runs(extent.pages))
+            self._release(table, {key: table.free(key).pages for key in keys})
+
+    def trim(self, key: str, pages: Sequence[int]) -> Extent:
+        """Free some pages of an extent, and give their memory back; returns what is left.
+
+        Raises
+        ------
+        PagesHeld
+            Some process still maps one of them; then nothing is freed.
+        InternalError
+            No such key, or a page that is not in the extent.
+        """
+        with self._lock:
+            table = self._table.copy()
+            left = table.trim(key, pages)
+            self._release(table, {key: pages})
+        return left
+
+    def _release(self, table: PageTable, gone: Mapping[str, Sequence[int]]) -> None:
+        """Make ``table`` the table and give the pages back that are free in it, unless one of them is mapped."""
+        with self.pool.holds() as holds:
+            held = [key for key, pages in gone.items() if not holds.claim(pages)]
+            if held:
+                raise PagesHeld(self.pool.geometry.name, tuple(held))
+            self._commit(table)
+            for pages in gone.values():
+                self.pool.punch(pages)
+                self._huge.forget(runs(pages))
+
+    def _enter(self, purpose: Purpose, pages: Sequence[int]) -> None:
+        """Before pages become KV their records are emptied, or a reader would take them for some earlier KV."""
+        if purpose == "kv":
+            self._records.clear(pages)
 
     def held(self, *keys: str) -> list[str]:
         """Those of the extents that some process maps now."""
@@ -187,6 +260,8 @@ class MemoryOwner:
         with self._lock:
             table = self._table.copy()
             extent = table.rename(key, new_key, purpose)
+            if self._table.extent(key).purpose != extent.purpose:
+                self._enter(extent.purpose, extent.pages)
             self._commit(table)
         return extent
 
@@ -209,6 +284,8 @@ class MemoryOwner:
         with self._lock:
             table = self._table.copy()
             extent = table.move_pages(key, pages, to_key, purpose)
+            if self._table.extent(key).purpose != purpose:
+                self._enter(purpose, pages)
             self._commit(table)
         return extent
 
@@ -249,20 +326,33 @@ class MemoryOwner:
             No such extent, or a piece outside it.
         """
         size = self.pool.geometry.page_bytes
+        for piece in pieces:
+            piece.check(len(self.extent(piece.key).pages) * size)
+        with self.contents({piece.key for piece in pieces}) as segments:
+            load_pieces(pieces, segments, progress)
+
+    @contextmanager
+    def contents(self, keys: Collection[str]) -> Iterator[Segments]:
+        """The memory of extents, to be written; they count as held until this is left.
+
+        Raises
+        ------
+        InternalError
+            No such extent.
+        """
         with self.pool.holds() as holds:
             with self._lock:
-                extents = {piece.key: self._table.extent(piece.key) for piece in pieces}
-                for piece in pieces:
-                    piece.check(len(extents[piece.key].pages) * size)
+                extents = {key: self._table.extent(key) for key in keys}
                 for extent in extents.values():
                     holds.share(extent.pages)
-            load_pieces(pieces, lambda key, at, n: self._memory(extents[key].pages, at, n), progress)
+            yield lambda key, offset, nbytes: self._memory(extents[key].pages, offset, nbytes)
 
     def close(self) -> None:
         """Stop serving and let go of the pool, which lives on while a worker holds it; no other call may follow."""
         self._server.close()
+        self._page_server.close()
         self.pool.close()
-        del self._window, self._huge
+        del self._window, self._huge, self._page_server
 
     def _commit(self, table: PageTable) -> None:
         """Make a changed copy the table; a table is never changed in place, so readers need no lock."""

@@ -323,3 +323,16 @@ def test_many_threads_leave_the_accounting_right(owner: MemoryOwner) -> None:
 def test_an_extent_is_a_value() -> None:
     extent = Extent("kv/w0", "kv", (3, 4))
     assert pickle.loads(pickle.dumps(extent)) == extent
+
+
+def test_a_pool_of_a_whole_nodes_addresses_costs_next_to_nothing() -> None:
+    pages = (64 << 30) // (64 << 10)
+    owner = MemoryOwner(OwnerConfig(CONFIG.name + "-vast", pages, 64 << 10, "secret", ledger_record_bytes=128))
+    owner.allocate("expert/0/0", "experts", 3)
+    owner.extend("kv/w0", "kv", 500)
+    owner.trim("kv/w0", owner.extent("kv/w0").pages[::2])
+    assert len(owner._window._mapped) == 1
+    assert owner.stats().resident_bytes <= 1 << 20
+    assert len(owner._huge._touched([(0, 64)])) == 2
+    assert sum(owner.usage().values()) == pages
+    owner.close()

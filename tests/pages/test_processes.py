@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from concertina.workers.checkpoint import Checkpoint
+from concertina.workers.loading import Piece
 from concertina.workers.owner import MemoryOwner, OwnerConfig
-from concertina.workers.pages.sharing import fetch_pool
+from concertina.workers.pages.memfd import MemfdPool
+from concertina.workers.pages.sharing import PoolServer, fetch_pool
+from concertina.workers.pages.table import ExtentRequest
+from concertina.workers.pages.transfer import CopyPlan, PageSource
+from concertina.workers.services import OwnerService
+
+from .tensor_files import raw, write_checkpoint
 
 PAGE = 4096
 CHILD = str(Path(__file__).with_name("child.py"))
@@ -89,7 +102,7 @@ def hold(start: Start, config: dict[str, Any], pages: list[int]) -> Child:
 
 def test_an_owner_imports_neither_torch_nor_ray(start: Start, config: dict[str, Any]) -> None:
     """P7."""
-    assert start("owner", json.dumps(config)).call("modules") == []
+    assert start("owner", json.dumps(config)).call("modules") == []  # with the service, which its process imports too
 
 
 def test_two_holders_share_the_owners_pages(start: Start, config: dict[str, Any]) -> None:
@@ -159,6 +172,98 @@ def test_an_owner_killed_at_any_moment_leaves_a_sound_pool(start: Start, config:
         fresh = adopted.allocate("exchange/gen1", "exchange", usage["free"])
         assert not any(any(os.pread(pool.fd, PAGE, page * PAGE)) for page in fresh.pages)
         adopted.close()
+        pool.close()
+
+
+def lend(config: dict[str, Any]) -> tuple[MemfdPool, PoolServer]:
+    """Hold a pool and lend it to the next owner, as a worker does."""
+    pool = fetch_pool(address(config), "secret")
+    return pool, PoolServer(pool, "secret", address(config) + "/lent")
+
+
+def test_an_owner_killed_while_it_fills_leaves_whole_extents_only(
+    start: Start, config: dict[str, Any], tmp_path: Path
+) -> None:
+    """P10: copying from a peer as well as reading files; a peer that is killed is no hindrance either."""
+    values = torch.arange(32 * PAGE // 4, dtype=torch.float32).view(32, -1)
+    whole = Checkpoint.open(write_checkpoint(tmp_path / "toy", {"model.safetensors": {"w": values}})).tensor("w")
+    keys = [f"expert/0/{n}" for n in range(32)]
+    pieces = [Piece(whole.at(n), key, 0, "F32") for n, key in enumerate(keys)]
+    requests = [ExtentRequest(key, "experts", 1) for key in keys]
+    peer = OwnerService(OwnerConfig(**config | {"name": config["name"] + "-peer"}))
+    peer.fill(requests, pieces)
+    for round_number in range(6):
+        source = replace(peer.source(), address="") if round_number % 2 else peer.source()
+        copies = [CopyPlan(key, source, peer.pages()[key]) for key in keys[: round_number * 6]]
+        child = start("service", json.dumps(config))
+        pool, lent = lend(config)
+        child.send("refill", *([pickle.dumps(item).hex() for item in items] for items in (pieces, copies)))
+        for _ in range(1 + 2 * round_number):
+            child.line()
+        time.sleep(0.0005 * round_number)
+        child.kill()
+        owner = OwnerService(OwnerConfig(**config), lent.address)
+        found = owner.pages()
+        assert owner.usage()["experts"] == len(found)
+        for n, key in enumerate(keys):
+            if key in found:
+                assert os.pread(pool.fd, PAGE, found[key][0] * PAGE) == raw(values[n])
+        owner.fill(requests, pieces, copies)
+        assert all(
+            os.pread(pool.fd, PAGE, owner.pages()[key][0] * PAGE) == raw(values[n]) for n, key in enumerate(keys)
+        )
+        owner._owner.close()
+        lent.close()
+        pool.close()
+    peer._owner.close()
+
+
+def test_a_peer_killed_while_it_is_copied_from_is_replaced_by_the_checkpoint(
+    start: Start, config: dict[str, Any], tmp_path: Path
+) -> None:
+    """P10."""
+    size = 24 << 20
+    values = torch.randint(0, 255, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    whole = Checkpoint.open(write_checkpoint(tmp_path / "toy", {"model.safetensors": {"w": values}})).tensor("w")
+    large = config | {"pages": 16, "page_bytes": 2 << 20, "huge_pages": False}
+    requests, pieces = [ExtentRequest("trunk", "trunk", 12)], [Piece(whole, "trunk", 0, "U8")]
+    for n in range(3):
+        peer = start("owner", json.dumps(large | {"name": f"{config['name']}-peer{n}"}))
+        source = PageSource(**peer.call("source") | {"address": ""})
+        pages = tuple(peer.call("allocate", "trunk", "trunk", 12)["pages"])
+        owner = OwnerService(OwnerConfig(**large | {"name": f"{config['name']}-{n}"}))
+        filling = threading.Thread(target=owner.fill, args=(requests, pieces, [CopyPlan("trunk", source, pages)]))
+        filling.start()
+        while not owner.copied_bytes():  # the first of two requests has been answered
+            time.sleep(0)
+        peer.kill()
+        filling.join()
+        data = b"".join(os.pread(owner._owner.pool.fd, 2 << 20, page << 21) for page in owner.pages()["trunk"])
+        # Either all of it had come, zeros as the peer had them, or all of it comes from the file.
+        assert data in (bytes(size), raw(values)), n
+        assert (data == raw(values)) == (owner.loaded_bytes() == size)
+        owner._owner.close()
+
+
+def test_an_owner_killed_while_kv_changes_hands_leaves_empty_records(start: Start, config: dict[str, Any]) -> None:
+    """P9, P1, P2, P4."""
+    config |= {"ledger_record_bytes": 192}
+    for round_number in range(5):
+        child = start("service", json.dumps(config))
+        pool, lent = lend(config)
+        child.send("churn")
+        for _ in range(5 + 9 * round_number):
+            child.line()
+        child.kill()
+        owner = OwnerService(OwnerConfig(**config), lent.address)
+        usage = owner.usage()
+        assert sum(usage.values()) == config["pages"]
+        owner.extend("kv/rest", "kv", usage["free"])
+        ledger = b"".join(os.pread(pool.fd, PAGE, page * PAGE) for page in owner.pages()["ledger"])
+        for key in ("kv/fresh", "kv/fresh2", "kv/rest"):
+            assert not any(any(ledger[page * 192 : (page + 1) * 192]) for page in owner.pages().get(key, ()))
+        owner._owner.close()
+        lent.close()
         pool.close()
 
 

@@ -19,6 +19,8 @@ PURPOSE = {"trunk": "trunk", "expert": "experts", "kv": "kv", "exchange": "excha
 key_st = st.sampled_from(KEYS)
 op_st = st.one_of(
     st.tuples(st.just("allocate"), key_st, st.integers(0, 14)),
+    st.tuples(st.just("extend"), key_st, st.integers(0, 14)),
+    st.tuples(st.just("trim"), key_st, st.lists(st.integers(0, 13), max_size=6)),
     st.tuples(st.just("free"), key_st),
     st.tuples(st.just("rename"), key_st, key_st),
     st.tuples(st.just("move"), key_st, key_st, st.lists(st.integers(0, 13), max_size=6)),
@@ -33,6 +35,14 @@ def apply(table: PageTable, op: tuple[Any, ...]) -> None:
     name, key, *rest = op
     if name == "allocate":
         table.allocate(key, purpose_of(key), rest[0])
+    elif name == "extend":
+        before = table.extents[key].pages if key in table.extents else ()
+        pages = table.extend(key, purpose_of(key), rest[0]).pages
+        assert (pages[: len(before)], len(pages)) == (before, len(before) + rest[0])
+    elif name == "trim":
+        before = table.extent(key).pages
+        gone = {before[i % len(before)] for i in rest[0]}
+        assert table.trim(key, gone).pages == tuple(page for page in before if page not in gone)
     elif name == "free":
         table.free(key)
     elif name == "rename":
@@ -126,6 +136,13 @@ def test_moved_pages_keep_their_order_and_an_empty_extent_disappears() -> None:
         (lambda t: t.move_pages("trunk", [2, 2], "kv/w0", "kv"), "cannot take pages"),
         (lambda t: t.move_pages("trunk", [2], "trunk", "trunk"), "cannot move"),
         (lambda t: t.move_pages("table", [0], "kv/w0", "kv"), "cannot move"),
+        (lambda t: t.extend("trunk", "kv", 1), r"'trunk' \(trunk\) cannot be extended as kv"),
+        (lambda t: t.extend("table", "table", 1), "cannot be extended"),
+        (lambda t: t.extend("x", "weights", 1), "purpose: expected one of"),
+        (lambda t: t.extend("trunk", "trunk", 0), "pages: expected at least 1, got 0"),
+        (lambda t: t.trim("trunk", [0]), "cannot free 1 pages of it"),
+        (lambda t: t.trim("table", [0]), "cannot free"),
+        (lambda t: t.trim("nothing", [0]), "no extent 'nothing'"),
     ],
 )
 def test_impossible_operations_are_refused(operation: Any, message: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ...errors import OperatorError
 
@@ -106,12 +106,31 @@ class PageBackend(Protocol[PoolT, RangeT]):
         ...
 
 
+class PageNumbers(tuple[int, ...]):
+    """Page numbers that travel between processes as runs: a large KV extent is a few bytes instead of megabytes."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _expand, (runs(self),)
+
+
+def _expand(found: Sequence[tuple[int, int]]) -> PageNumbers:
+    return PageNumbers(page for first, count in found for page in range(first, first + count))
+
+
 def runs(pages: Sequence[int]) -> list[tuple[int, int]]:
     """Adjacent ascending pages as (first, count), in order: ``[4, 5, 6, 2] -> [(4, 3), (2, 1)]``."""
+    if isinstance(pages, range) and pages.step == 1:  # a whole pool, say, whose million pages nobody wants to count
+        return [(pages.start, len(pages))] if pages else []
+    if not pages:
+        return []
     found: list[tuple[int, int]] = []
+    first = end = pages[0]
     for page in pages:
-        if found and page == found[-1][0] + found[-1][1]:
-            found[-1] = (found[-1][0], found[-1][1] + 1)
-        else:
-            found.append((page, 1))
+        if page != end:
+            found.append((first, end - first))
+            first = page
+        end = page + 1
+    found.append((first, end - first))
     return found

@@ -3,6 +3,8 @@
 Freeing a page that someone still maps would turn it into zeros under a running model, silently. So every range
 locks what it maps (shared) and freeing needs the exclusive lock. These are open-file-description locks: they die
 with their process, need no bookkeeping in the owner, and are still there when a new owner adopts the pool.
+The kernel keeps them in a list, so locking costs the square of the number of runs of pages: 5,000 scattered pages take
+a third of a second, however many lie together.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 
 from .ranges import HUGE_BYTES, MemfdRange
@@ -32,12 +33,13 @@ class HugePages:
         return len(self._huge)
 
     def collapse(self, wanted: Iterable[Run], free: Iterable[Run]) -> int:
-        """Collapse regions that ``wanted`` runs of pages touch; returns how many became huge.
+        """Collapse regions that ``wanted`` runs of pages touch; returns how many became huge. ``free`` ascends.
 
         Regions with a free page are left alone, because a huge page takes all its memory at once. Where the
         kernel refuses, the region keeps small pages with the same contents, and the next one is tried.
         """
-        regions = self._touched(wanted) - self._touched(free) - self._huge
+        regions = self._touched(wanted) - self._huge
+        regions -= self._with_free_pages(regions, list(free))
         whole = self._window.nbytes // HUGE_BYTES
         won = {region for region in sorted(regions) if region < whole and self._collapse(region)}
         self._huge |= won
@@ -51,6 +53,17 @@ class HugePages:
         offset = region * HUGE_BYTES
         self._window.memory(offset, 1).tobytes()  # a region without any page is refused (EINVAL); reading makes one
         return self._kernel_collapse(self._window.address + offset, HUGE_BYTES)
+
+    def _with_free_pages(self, regions: Iterable[int], free: list[Run]) -> set[int]:
+        """Looked up per region: a large pool has many more regions that are free as a whole."""
+        size = self._window.page_bytes
+
+        def has_free(region: int) -> bool:
+            start, end = region * HUGE_BYTES, (region + 1) * HUGE_BYTES
+            at = bisect_left(free, (-(-end // size), 0))  # the first run that begins behind the region
+            return at > 0 and sum(free[at - 1]) * size > start
+
+        return {region for region in regions if has_free(region)}
 
     def _touched(self, runs: Iterable[Run]) -> set[int]:
         size = self._window.page_bytes

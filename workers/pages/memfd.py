@@ -65,9 +65,12 @@ class MemfdPool:
 
     def check_pages(self, pages: Sequence[int]) -> None:
         """Raise InternalError unless every page number lies in the pool."""
-        if pages and (min(pages) < 0 or max(pages) >= self.geometry.pages):
+        if not pages:
+            return
+        ends = (pages[0], pages[-1]) if isinstance(pages, range) else (min(pages), max(pages))
+        if min(ends) < 0 or max(ends) >= self.geometry.pages:
             raise InternalError(
-                f"pool {self.geometry.name!r}: pages {min(pages)}..{max(pages)} outside 0..{self.geometry.pages - 1}"
+                f"pool {self.geometry.name!r}: pages {min(ends)}..{max(ends)} outside 0..{self.geometry.pages - 1}"
             )
 
     def free(self, pages: Sequence[int]) -> None:

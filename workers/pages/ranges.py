@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ...errors import InternalError
 from .backend import runs
 from .holds import Holds
+from .spans import Span, Spans
 from .syscalls import MAP_NORESERVE, map_fixed, unmap_fixed
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class MemfdRange:
         self._array = array
         self._base = start + self._skip
         self._hold_pages = hold
-        self._at: list[tuple[MemfdPool, int] | None] = [None] * positions
+        self._mapped: Spans[MemfdPool] = Spans()
         self._holds: dict[MemfdPool, _PoolHolds] = {}
         weakref.finalize(reservation, _close_all, self._holds).atexit = False
 
@@ -114,8 +115,9 @@ class MemfdRange:
         if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
             raise InternalError(f"range: bytes {offset}..{offset + nbytes} outside its {self.nbytes} bytes")
         first, end = offset // self.page_bytes, -(-(offset + nbytes) // self.page_bytes)
-        if nbytes and None in self._at[first:end]:
-            raise InternalError(f"range: position {self._at.index(None, first)} is not mapped")
+        gap = self._mapped.gap(first, end) if nbytes else None
+        if gap is not None:
+            raise InternalError(f"range: position {gap} is not mapped")
 
     def map(self, position: int, pool: MemfdPool, pages: Sequence[int], *, writable: bool = True) -> None:
         """See `backend.PageRange.map`.
@@ -134,16 +136,17 @@ class MemfdRange:
                 f"range: its pages have {self.page_bytes} bytes, those of pool {pool.geometry.name!r} "
                 f"{pool.geometry.page_bytes}"
             )
-        if any(self._at[position : position + len(pages)]):
+        if self._mapped.any(position, position + len(pages)):
             raise InternalError(f"range: positions {position}..{position + len(pages) - 1}: already mapped")
         if self._hold_pages:
             self._holder(pool).add(pages)
-        self._at[position : position + len(pages)] = [(pool, page) for page in pages]
-        at, size = self._base + position * self.page_bytes, self.page_bytes
+        spans = _spans(position, pool, pages)
+        self._mapped.add(spans)
+        size = self.page_bytes
         try:
-            for first, count in runs(pages):
-                map_fixed(at, count * size, pool.fd, first * size, writable=writable)
-                at += count * size
+            for span in spans:
+                at = self._base + span.position * size
+                map_fixed(at, span.count * size, pool.fd, span.page * size, writable=writable)
         except Exception:
             self.unmap(position, len(pages))
             raise
@@ -152,10 +155,10 @@ class MemfdRange:
         self._check_positions(position, count)
         if count:
             unmap_fixed(self._base + position * self.page_bytes, count * self.page_bytes)
-        gone = self._at[position : position + count]
-        self._at[position : position + count] = [None] * count
-        for pool in self._holds.keys() & {entry[0] for entry in gone if entry}:
-            self._holds[pool].remove([entry[1] for entry in gone if entry and entry[0] is pool])
+        gone = self._mapped.remove(position, position + count)
+        for pool in self._holds.keys() & {span.pool for span in gone}:
+            spans = [span for span in gone if span.pool is pool]
+            self._holds[pool].remove([span.page + n for span in spans for n in range(span.count)])
 
     def _check_positions(self, position: int, count: int) -> None:
         if position < 0 or position + count > self.positions:
@@ -165,6 +168,14 @@ class MemfdRange:
         if pool not in self._holds:
             self._holds[pool] = _PoolHolds(pool)
         return self._holds[pool]
+
+
+def _spans(position: int, pool: MemfdPool, pages: Sequence[int]) -> list[Span[MemfdPool]]:
+    spans = list[Span["MemfdPool"]]()
+    for first, count in runs(pages):
+        spans.append(Span(position, count, pool, first))
+        position += count
+    return spans
 
 
 def _close_all(holds: dict[MemfdPool, _PoolHolds]) -> None:

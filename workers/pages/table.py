@@ -8,7 +8,7 @@ changes nothing.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -50,12 +50,14 @@ class PageTable:
     def __init__(self, pages: int) -> None:
         self.pages = pages
         self._extents: dict[str, Extent] = {}
+        self._runs: dict[str, list[int]] = {}  # of every extent: [first, count, first, count, ...], never changed
         self._free: list[tuple[int, int]] = [(0, pages)] if pages else []  # ascending runs, never adjacent
 
     def copy(self) -> PageTable:
         """An independent table with the same contents."""
         other = PageTable(self.pages)
         other._extents = dict(self._extents)
+        other._runs = dict(self._runs)
         other._free = list(self._free)
         return other
 
@@ -105,17 +107,39 @@ class PageTable:
             The key exists, the purpose is unknown, or ``pages`` is below 1.
         """
         self._check_new(key, purpose)
-        if pages < 1:
-            raise InternalError(f"page table: extent {key!r}: pages: expected at least 1, got {pages}")
-        free = sum(count for _, count in self._free)
-        if pages > free:
-            raise OperatorError(
-                f"out of pages: {purpose} extent {key!r} wants {pages}, {free} of {self.pages} are free "
-                f"(in use: {self._in_use()})"
-            )
-        extent = Extent(key, purpose, tuple(self._take(pages)))
-        self._extents[key] = extent
-        return extent
+        self._check_room(key, purpose, pages)
+        return self._put(Extent(key, purpose, tuple(self._take(pages))))
+
+    def extend(self, key: str, purpose: Purpose, pages: int) -> Extent:
+        """Append ``pages`` free pages to an extent, or to a new one.
+
+        Raises
+        ------
+        OperatorError
+            As `allocate`.
+        InternalError
+            The extent has another purpose, or is the table's own; the purpose is unknown; ``pages`` is below 1.
+        """
+        old = self._extents.get(key, Extent(key, self._check_purpose(purpose), ()))
+        if old.purpose != purpose or purpose == "table":
+            raise InternalError(f"page table: extent {key!r} ({old.purpose}) cannot be extended as {purpose}")
+        self._check_room(key, purpose, pages)
+        return self._put(Extent(key, purpose, old.pages + tuple(self._take(pages))))
+
+    def trim(self, key: str, pages: Collection[int]) -> Extent:
+        """Free ``pages`` of an extent; returns what is left of it, and forgets it where nothing is.
+
+        Raises
+        ------
+        InternalError
+            No such key, a page that is not in the extent, or the table's own pages.
+        """
+        extent, gone = self.extent(key), set(pages)
+        if extent.purpose == "table" or not gone <= set(extent.pages):
+            raise InternalError(f"page table: extent {key!r} ({extent.purpose}): cannot free {len(gone)} pages of it")
+        for first, count in runs(sorted(gone)):
+            self._give(first, count)
+        return self._put(Extent(key, extent.purpose, tuple(page for page in extent.pages if page not in gone)))
 
     def free(self, key: str) -> Extent:
         """Give an extent's pages back; returns what it was.
@@ -128,7 +152,7 @@ class PageTable:
         extent = self.extent(key)
         if extent.purpose == "table":
             raise InternalError("page table: its own pages cannot be freed")
-        del self._extents[key]
+        self._remove(key)
         for first, count in runs(sorted(extent.pages)):
             self._give(first, count)
         return extent
@@ -147,9 +171,8 @@ class PageTable:
         new = Extent(new_key, self._check_purpose(purpose or old.purpose), old.pages)
         if "table" in (old.purpose, new.purpose) and old != new:
             raise InternalError(f"page table: extent {key!r}: the table's own pages keep key and purpose")
-        del self._extents[key]
-        self._extents[new_key] = new
-        return new
+        self._remove(key)
+        return self._put(new)
 
     def move_pages(self, key: str, pages: Sequence[int], to_key: str, purpose: Purpose) -> Extent:
         """Take ``pages`` out of one extent and append them, in this order, to another or a new one.
@@ -171,15 +194,12 @@ class PageTable:
                 f"({target.purpose}) as {purpose}"
             )
         kept = tuple(page for page in source.pages if page not in wanted)
-        self._extents[key] = Extent(key, source.purpose, kept)
-        if not kept:
-            del self._extents[key]
-        self._extents[to_key] = Extent(to_key, purpose, target.pages + tuple(pages))
-        return self._extents[to_key]
+        self._put(Extent(key, source.purpose, kept))
+        return self._put(Extent(to_key, purpose, target.pages + tuple(pages)))
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form; pages as runs ``[first, count, first, count, ...]``."""
-        extents = [[e.key, e.purpose, [n for run in runs(e.pages) for n in run]] for e in self._extents.values()]
+        extents = [[e.key, e.purpose, self._runs[e.key]] for e in self._extents.values()]
         return {"pages": self.pages, "extents": extents}
 
     @classmethod
@@ -200,11 +220,23 @@ class PageTable:
                     for page in range(first, first + count)
                 ]
                 table._check_new(key, purpose)
-                table._extents[key] = Extent(key, purpose, tuple(pages))
+                table._put(Extent(key, purpose, tuple(pages)))
             table._free = _gaps(table.pages, (e.pages for e in table._extents.values()))
         except (KeyError, TypeError, ValueError, InternalError) as e:
             raise OperatorError(f"{source}: expected {{pages, extents: [[key, purpose, runs]]}}; {e}") from e
         return table
+
+    def _put(self, extent: Extent) -> Extent:
+        """Note an extent; one without pages disappears."""
+        if extent.pages:
+            self._extents[extent.key] = extent
+            self._runs[extent.key] = [n for run in runs(extent.pages) for n in run]
+        else:
+            self._remove(extent.key)
+        return extent
+
+    def _remove(self, key: str) -> None:
+        del self._extents[key], self._runs[key]
 
     def _in_use(self) -> str:
         return ", ".join(f"{name} {count}" for name, count in self.usage().items() if count and name != FREE)
@@ -214,21 +246,38 @@ class PageTable:
             raise InternalError(f"page table: extent {key!r} exists already")
         self._check_purpose(purpose)
 
+    def _check_room(self, key: str, purpose: str, pages: int) -> None:
+        if pages < 1:
+            raise InternalError(f"page table: extent {key!r}: pages: expected at least 1, got {pages}")
+        free = sum(count for _, count in self._free)
+        if pages > free:
+            raise OperatorError(
+                f"out of pages: {purpose} extent {key!r} wants {pages}, {free} of {self.pages} are free "
+                f"(in use: {self._in_use()})"
+            )
+
     def _check_purpose(self, purpose: Purpose | str) -> Purpose:
         if purpose not in PURPOSES:
             raise InternalError(f"page table: purpose: expected one of {PURPOSES}, got {purpose!r}")
         return purpose  # type: ignore[return-value]
 
     def _take(self, pages: int) -> list[int]:
+        """The largest runs whole, until the rest fits one: the smallest that it fits; the lowest of equals."""
+        largest = sorted(self._free, key=lambda run: (-run[1], run[0]))
         taken: list[int] = []
-        while pages:
-            fitting = [run for run in self._free if run[1] >= pages]
-            first, count = min(fitting, key=_size) if fitting else max(self._free, key=_size)
-            used = min(count, pages)
-            at = bisect_left(self._free, (first, count))
-            self._free[at : at + 1] = [(first + used, count - used)] if count > used else []
-            taken.extend(range(first, first + used))
-            pages -= used
+        whole = 0
+        while largest[whole][1] < pages:
+            first, count = largest[whole]
+            taken.extend(range(first, first + count))
+            pages, whole = pages - count, whole + 1
+        used, fitting = set(largest[:whole]), (run for run in largest[whole:] if run[1] >= pages)
+        best, count = min(fitting, key=lambda run: (run[1], run[0]))
+        taken.extend(range(best, best + pages))
+        rest = [(best + pages, count - pages)] if count > pages else []
+        where = bisect_left(self._free, (best, count))
+        self._free[where : where + 1] = rest
+        if used:
+            self._free = [run for run in self._free if run not in used]
         return taken
 
     def _give(self, first: int, count: int) -> None:
@@ -239,10 +288,6 @@ class PageTable:
         if at < len(self._free) and self._free[at][0] == first + count:
             end, count = at + 1, count + self._free[at][1]
         self._free[begin:end] = [(first, count)]
-
-
-def _size(run: tuple[int, int]) -> int:
-    return run[1]
 
 
 def _gaps(pages: int, used: Iterable[Sequence[int]]) -> list[tuple[int, int]]:
