@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "moved"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,8 @@ class EngineOutput:
 
     ``finish_reason`` is None until the last output; where it is ``stop``, the last token is the one that ended the
     sequence. ``cached_tokens`` is how much of the prompt came from the
-    prefix cache. ``error`` says why, where ``finish_reason`` is ``error``.
+    prefix cache. ``error`` says why, where ``finish_reason`` is ``error``. Where it is ``moved``, the worker leaves and
+    the sequence is to be submitted again with its tokens so far, best to the device ``moved_to`` (empty: to any).
     """
 
     id: str
@@ -82,6 +83,7 @@ class EngineOutput:
     logprobs: tuple[TokenLogprob, ...] = ()
     cached_tokens: int = 0
     error: str | None = None
+    moved_to: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +115,18 @@ def output_to_wire(output: EngineOutput) -> dict[str, Any]:
         "logprobs": [{"logprob": p.logprob, "top": p.top} for p in output.logprobs],
         "cached_tokens": output.cached_tokens,
         "error": output.error,
+        "moved_to": output.moved_to,
     }
 
 
 def output_from_wire(data: dict[str, Any]) -> EngineOutput:
     logprobs = tuple(TokenLogprob(p["logprob"], tuple((i, v) for i, v in p["top"])) for p in data["logprobs"])
     return EngineOutput(
-        data["id"], tuple(data["token_ids"]), data["finish_reason"], logprobs, data["cached_tokens"], data["error"]
+        data["id"],
+        tuple(data["token_ids"]),
+        data["finish_reason"],
+        logprobs,
+        data["cached_tokens"],
+        data["error"],
+        data["moved_to"],
     )

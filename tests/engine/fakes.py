@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from concertina.errors import PeerLost
 from concertina.workers.engine.core import EngineConfig
 from concertina.workers.engine.engine import Engine
 from concertina.workers.engine.scheduler import SchedulerConfig
+from concertina.workers.kv.ledger import Ledger, record_bytes
 from concertina.workers.model.batch import Batch
 from concertina.workers.protocol import EngineOutput, EngineRequest, SamplingParams
 from torch import Tensor
@@ -21,16 +23,105 @@ EOS = 10
 
 @dataclass
 class FakeKV:
-    """One int per token place, written by the fake decoder."""
+    """One int per token place, written by the fake decoder.
+
+    Blocks are numbered as they please; block b's pages begin at ``2 * b``. ``mapped`` is what may be touched.
+    """
 
     num_blocks: int
     block_tokens: int = 2
     cells: dict[tuple[int, int], int] = field(default_factory=dict)
+    ledger: Ledger | None = None
+    mapped: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.mapped = self.mapped or set(range(self.num_blocks))
+
+    @property
+    def block_ids(self) -> Sequence[int]:
+        return sorted(self.mapped)
+
+    @property
+    def cache(self) -> FakeKV:
+        return self
+
+    def page_of(self, block: int) -> int:
+        assert block in self.mapped, "a block that is not mapped is noted"
+        return 2 * block
+
+
+@dataclass
+class WholeKV:
+    """A real cache, all of whose blocks are there from the start."""
+
+    cache: Any
+    ledger: Ledger | None = None
+
+    @property
+    def block_tokens(self) -> int:
+        tokens: int = self.cache.block_tokens
+        return tokens
+
+    @property
+    def block_ids(self) -> Sequence[int]:
+        return range(self.cache.num_blocks)
+
+    def page_of(self, block: int) -> int:
+        return block
 
 
 def favourite(prefix: Sequence[int]) -> int:
     """What the toy model says after these tokens; never EOS."""
     return sum((i + 3) * (token + 1) for i, token in enumerate(prefix)) % EOS
+
+
+class Killed(BaseException):
+    """The process is gone at this store; nothing it does from here on reaches anyone."""
+
+
+class Stores:
+    """Counts the stores of a ledger, reports each, and stops them all after ``kill_at``."""
+
+    def __init__(self, pages: int, block_tokens: int, kill_at: int = -1) -> None:
+        self.memory = bytearray(pages * record_bytes(block_tokens))
+        self.block_tokens = block_tokens
+        self.kill_at = kill_at
+        self.count = 0
+        self.after_each: Callable[[], None] = lambda: None
+
+    def ledger(self, *, watched: bool = True) -> Ledger:
+        ledger = Ledger(memoryview(self.memory), record_bytes(self.block_tokens), self.block_tokens)
+        for name in ("_bytes", "_words", "_longs", "_ints"):
+            if watched:
+                setattr(ledger, name, _WatchedView(getattr(ledger, name), self))
+        return ledger
+
+    def note(self) -> None:
+        if self.count == self.kill_at:
+            raise Killed
+        self.count += 1
+
+    @property
+    def dead(self) -> bool:
+        return self.count == self.kill_at
+
+
+class _WatchedView:
+    """Stores several values one after the other, so that a kill finds them half-written."""
+
+    def __init__(self, view: memoryview, stores: Stores) -> None:
+        self._view, self._stores = view, stores
+
+    def __getitem__(self, at: int | slice) -> Any:
+        return self._view[at]
+
+    def __setitem__(self, at: int | slice, value: Any) -> None:
+        places = range(*at.indices(len(self._view))) if isinstance(at, slice) else [at]
+        values = value if isinstance(at, slice) else [value]
+        for place, one in zip(places, values, strict=True):
+            self._stores.note()
+            self._view[place] = one
+            self._stores.after_each()
 
 
 @dataclass
@@ -62,7 +153,7 @@ class FakeDecoder:
 
     @staticmethod
     def _place(table: Sequence[int], position: int, kv: FakeKV) -> tuple[int, int]:
-        assert table[position // kv.block_tokens] < kv.num_blocks
+        assert table[position // kv.block_tokens] in kv.mapped
         return table[position // kv.block_tokens], position % kv.block_tokens
 
 
@@ -129,9 +220,10 @@ def config(*, caching: bool = True, eos: bool = True, idle_wait_s: float = 0.2, 
     return EngineConfig(scheduler, VOCAB, (EOS,) if eos else (), caching, idle_wait_s)
 
 
-def solo(blocks: int = 64, decoder: FakeDecoder | None = None, setting: EngineConfig | None = None) -> Engine:
+def solo(blocks: int | FakeKV = 64, decoder: FakeDecoder | None = None, setting: EngineConfig | None = None) -> Engine:
     (exchange,) = Hub(1).members()
-    return Engine(decoder or FakeDecoder(), FakeKV(blocks), exchange, setting or config())
+    kv = FakeKV(blocks) if isinstance(blocks, int) else blocks
+    return Engine(decoder or FakeDecoder(), kv, exchange, setting or config())
 
 
 def request(name: str, prompt: Sequence[int], **sampling: object) -> EngineRequest:

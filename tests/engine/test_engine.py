@@ -202,22 +202,19 @@ def test_an_error_in_the_model_propagates_and_no_sequence_is_lost() -> None:
     assert collected.tokens["a"] == expected_greedy([1, 2, 3], 9)
 
 
-@pytest.mark.parametrize(("keep", "blocks"), [(True, 12), (True, 20), (False, 10), (False, 20)])
-def test_sequences_go_on_after_recovery(keep: bool, blocks: int) -> None:
+def test_sequences_go_on_after_recovery_and_keep_their_kv() -> None:
     engine = solo(12)
     for name in "ab":
         engine.submit(request(name, [1, 2, 3], max_tokens=9))
     collected = Collected()
     for _ in range(4):
         collected.emit(engine.step())
-    decoder, (exchange,) = FakeDecoder(), Hub(1).members()
-    old = engine._kv
-    assert isinstance(old, FakeKV)
-    cells = dict(old.cells) if keep else {}
-    engine.recover(Swap(3, decoder, FakeKV(blocks, 2, cells), exchange, keep))
+    sizes: list[int] = []
+    decoder, (exchange,) = FakeDecoder(hook=lambda batch: sizes.append(batch.tokens)), Hub(1).members()
+    engine.recover(Swap(3, decoder, exchange))
     drain(engine, collected)
-    assert (engine.generation, engine.load.kv_blocks) == (3, blocks)
-    assert decoder.passes > 0
+    assert engine.generation == 3
+    assert sizes[0] == 2, "nothing is computed again"
     for name in "ab":
         assert collected.tokens[name] == expected_greedy([1, 2, 3], 9)
 
@@ -228,14 +225,12 @@ def test_what_no_longer_fits_ends_with_a_reason() -> None:
     engine.submit(request("short", [1, 2, 3], max_tokens=5))
     collected = Collected()
     collected.emit(engine.step())
-    (exchange,) = Hub(1).members()
-    with pytest.raises(InternalError, match="KV cannot be kept"):
-        engine.recover(Swap(1, FakeDecoder(), FakeKV(5), exchange, keep_kv=True))
-    engine.recover(Swap(1, FakeDecoder(), FakeKV(5), exchange, keep_kv=False))
+    assert len(engine.resize([], 5)) == 7
     drain(engine, collected)
     assert collected.ends["long"].finish_reason == "error"
     assert "shrunk to 5 blocks" in (collected.ends["long"].error or "")
     assert collected.tokens["short"] == expected_greedy([1, 2, 3], 5)
+    assert engine.stats.preemptions == 0, "the other one had room"
 
 
 def test_wrong_logits_and_configurations_are_errors() -> None:

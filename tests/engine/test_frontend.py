@@ -250,6 +250,36 @@ def test_a_worker_that_closes_ends_streams_with_an_error() -> None:
         run(main())
 
 
+def test_while_the_engine_stands_still_requests_are_taken_and_then_told_where_to_go() -> None:
+    async def main() -> None:
+        async with connected(worker) as client:
+            worker.engine.stop()
+            await asyncio.to_thread(worker.thread.join, 20)
+            waiting = [client.submit(request(str(i), PROMPT, max_tokens=LONG)) for i in range(3)]
+            ends = [asyncio.ensure_future(anext(stream)) for stream in waiting]
+            await worker.has(3)
+            ends.pop().cancel()
+            await worker.has(2)
+            worker.engine.retire()
+            worker.frontend.emit(worker.engine.hand_over("cpu-1"))
+            outputs = await asyncio.gather(*ends)
+            late = [o async for o in client.submit(request("late", PROMPT))]
+            assert [(o.id, o.token_ids, o.finish_reason, o.moved_to) for o in (*outputs, *late)] == [
+                (name, (), "moved", "cpu-1") for name in ("0", "1", "late")
+            ]
+            assert client.connected
+
+    with serving() as worker:
+        run(main())
+
+
+def test_what_comes_after_it_was_closed_goes_nowhere() -> None:
+    with serving() as worker:
+        for _ in range(2):
+            worker.frontend.close()
+        worker.frontend.emit([EngineOutput("x", (1,))])
+
+
 def test_a_wrong_token_is_refused() -> None:
     async def main() -> None:
         with pytest.raises(OperatorError, match="refuses this deployment's token"):
@@ -370,5 +400,9 @@ def test_wire_forms_come_back_unchanged() -> None:
     r = EngineRequest("x", (1, 2), SamplingParams(stop_token_ids=(3, 4), seed=2**64 - 1, logprobs=2, min_p=0.5))
     assert request_from_wire(frames.unpack(frames.pack({"op": "", "r": request_to_wire(r)})[4:])["r"]) == r
     logprobs = (TokenLogprob(-0.5, ((1, -0.5), (2, -3.0))), TokenLogprob(-1.0))
-    for o in (EngineOutput("x", (1, 2), None, logprobs, 16), EngineOutput("x", (), "error", error="why")):
+    for o in (
+        EngineOutput("x", (1, 2), None, logprobs, 16),
+        EngineOutput("x", (), "error", error="why"),
+        EngineOutput("x", (), "moved", moved_to="a"),
+    ):
         assert output_from_wire(frames.unpack(frames.pack({"op": "", "o": output_to_wire(o)})[4:])["o"]) == o

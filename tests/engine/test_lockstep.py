@@ -1,4 +1,4 @@
-"""Engines of several members: equal numbers of steps, sleep and wake-up, changes at one boundary, lost peers (G8)."""
+"""Engines of several members: equal numbers of steps, sleep, changes at one boundary, lost peers, leaving (G8, G12)."""
 
 from __future__ import annotations
 
@@ -112,11 +112,8 @@ def test_an_abort_of_the_last_request_is_reported_while_idle() -> None:
         finish(members)
 
 
-def swap(m: Member, generation: int, exchange: ThreadExchange) -> Swap:
-    kv = m.engine._kv
-    assert isinstance(kv, FakeKV)
-    bigger = FakeKV(kv.num_blocks + 8, kv.block_tokens, kv.cells)  # the same memory, and more of it
-    return Swap(generation, decoder_for(exchange), bigger, exchange)
+def swap(generation: int, exchange: ThreadExchange) -> Swap:
+    return Swap(generation, decoder_for(exchange), exchange)
 
 
 def test_a_generation_grows_and_shrinks_under_running_requests() -> None:
@@ -128,13 +125,12 @@ def test_a_generation_grows_and_shrinks_under_running_requests() -> None:
         grown = Hub(2).members()
         second = member(grown[1])
         second.start()  # it waits for the first at the new exchange
-        first.engine.offer(swap(first, 1, grown[0]))
+        first.engine.offer(swap(1, grown[0]))
         second.engine.submit(request("b", PROMPT, max_tokens=60))
         second.collected.wait_for(lambda: len(second.collected.tokens.get("b", [])) > 5)
         assert first.engine.generation == 1
-        assert first.engine.load.kv_blocks == 48
         (shrunk,) = Hub(1).members()
-        second.engine.offer(swap(second, 2, shrunk))
+        second.engine.offer(swap(2, shrunk))
         first.engine.offer(Retire(2))
         first.join()
         assert (first.end, first.error) == ("retired", None)
@@ -153,19 +149,19 @@ def test_nothing_is_swapped_until_all_are_ready_and_offers_can_be_withdrawn() ->
     with running(2) as members:
         first, second = members
         new = Hub(2).members()
-        first.engine.offer(swap(first, 5, new[0]))
+        first.engine.offer(swap(5, new[0]))
         first.engine.submit(request("a", PROMPT, max_tokens=30))
         first.collected.wait_for(lambda: "a" in first.collected.ends)
         assert (first.engine.generation, second.engine.generation) == (0, 0)
         with pytest.raises(InternalError, match="generation 6 offered while 5 is on offer"):
-            first.engine.offer(swap(first, 6, new[0]))
+            first.engine.offer(swap(6, new[0]))
         assert first.engine.withdraw(5)
         assert not first.engine.withdraw(5)
-        second.engine.offer(swap(second, 5, new[1]))
+        second.engine.offer(swap(5, new[1]))
         first.engine.submit(request("b", PROMPT, max_tokens=30))
         first.collected.wait_for(lambda: "b" in first.collected.ends)
         assert (first.engine.generation, second.engine.generation) == (0, 0)
-        first.engine.offer(swap(first, 5, new[0]))
+        first.engine.offer(swap(5, new[0]))
         first.engine.submit(request("c", PROMPT, max_tokens=30))
         first.collected.wait_for(lambda: "c" in first.collected.ends)
         assert (first.engine.generation, second.engine.generation) == (5, 5)
@@ -187,13 +183,79 @@ def test_a_lost_peer_ends_the_loop_and_recovery_loses_no_token() -> None:
         assert first.engine.load.running == 1
         first.engine.submit(request("b", PROMPT))  # accepted while nobody serves
         (alone,) = Hub(1).members()
-        first.engine.recover(swap(first, 1, alone))
+        first.engine.recover(swap(1, alone))
         first.exchange = alone
         first.start()
         first.collected.wait_for(lambda: {"a", "b"} <= set(first.collected.ends))
         assert first.collected.tokens["a"] == expected_greedy(PROMPT, 60)
         assert first.collected.tokens["b"] == expected_greedy(PROMPT, 5)
         finish([first])
+
+
+def hold_after(m: Member, passes: int) -> threading.Event:
+    """Its next forward pass after so many waits until the event is set."""
+    decoder, event = m.engine._decoder, threading.Event()
+    assert isinstance(decoder, FakeDecoder)
+
+    def hook(batch: Batch) -> None:
+        assert decoder.passes < passes or event.wait(20)
+        m.exchange.meet_in_layer()
+
+    decoder.hook = hook
+    return event
+
+
+@pytest.mark.parametrize("how", ["agreed", "lost its peer"])
+def test_an_engine_that_leaves_hands_all_its_sequences_over(how: str) -> None:
+    with running(2) as members:
+        first, second = members
+        go_on = hold_after(first, 4)
+        first.engine.submit(request("a", PROMPT, max_tokens=60))
+        first.collected.wait_for(lambda: len(first.collected.tokens.get("a", [])) == 4)
+        with pytest.raises(InternalError, match="is running already"):
+            first.engine.hand_over("x")
+        if how == "agreed":
+            (shrunk,) = Hub(1).members()
+            second.engine.offer(swap(4, shrunk))
+            first.engine.offer(Retire(4))
+            go_on.set()
+            first.join()
+            assert (first.end, first.error) == ("retired", None)
+            assert first.engine.generation == 0
+            second.exchange = shrunk
+            finish([second])
+        else:
+            second.exchange.die()
+            go_on.set()
+            first.join()
+            with pytest.raises(InternalError, match="has not retired"):
+                first.engine.hand_over("x")
+            first.engine.retire()
+        first.engine.submit(request("b", PROMPT))
+        first.engine.submit(request("c", PROMPT))
+        first.engine.abort("c")
+        outputs = {output.id: output for output in first.engine.hand_over("cpu:1")}
+        first.collected.emit(list(outputs.values()))
+        assert {name: (o.finish_reason, o.moved_to) for name, o in outputs.items()} == {
+            "a": ("moved", "cpu:1"),
+            "b": ("moved", "cpu:1"),
+            "c": ("abort", ""),
+        }
+        first.engine.submit(request("late", PROMPT))
+        assert first.collected.ends["late"].moved_to == "cpu:1"
+        assert first.engine.hand_over("cpu:2") == []
+        assert first.engine.load.kv_blocks_used == 0
+        for misuse in (first.engine.step, lambda: first.engine.recover(swap(5, first.exchange))):
+            with pytest.raises(InternalError, match="has retired"):
+                misuse()
+
+
+def test_an_engine_that_never_ran_cannot_say_that_a_request_has_moved() -> None:
+    engine = member(Hub(1).members()[0]).engine
+    engine.retire()
+    assert engine.hand_over("") == []
+    with pytest.raises(InternalError, match="'a' has moved, and this engine never ran"):
+        engine.submit(request("a", PROMPT))
 
 
 def test_a_loop_runs_once() -> None:
@@ -203,7 +265,7 @@ def test_a_loop_runs_once() -> None:
         with pytest.raises(InternalError, match="is running already"):
             only.engine.step()
         with pytest.raises(InternalError, match="is running already"):
-            only.engine.recover(swap(only, 1, only.exchange))
+            only.engine.recover(swap(1, only.exchange))
         finish([only])
         only.start()  # a stop counts once
         only.engine.submit(request("b", PROMPT, max_tokens=3))

@@ -17,7 +17,7 @@ from concertina.workers.model.kv import KVCache
 from ..checkpoints import VOCAB, make_checkpoint
 from ..exchange.crew import Region
 from ..model.loaded import Loaded
-from .fakes import Collected, FakeDecoder, FakeKV, config, drain, expected_greedy, request
+from .fakes import Collected, FakeDecoder, FakeKV, WholeKV, config, drain, expected_greedy, request
 
 LENGTHS = (1, 2, 15, 16, 17, 40)
 
@@ -34,7 +34,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def engine_on(loaded: Loaded, blocks: int, *, caching: bool, chunked: bool) -> Engine:
     kv = KVCache.allocate(loaded.files.config, "float32", blocks, 4)
     scheduler = SchedulerConfig(64, max_batched_tokens=24, chunked_prefill=chunked)
-    return Engine(loaded.decoder, kv, SoloExchange(), EngineConfig(scheduler, VOCAB, (), caching))
+    return Engine(loaded.decoder, WholeKV(kv), SoloExchange(), EngineConfig(scheduler, VOCAB, (), caching))
 
 
 @pytest.mark.parametrize("caching", [True, False])
@@ -56,7 +56,7 @@ def test_greedy_tokens_are_those_of_each_request_alone(
     if caching:
         engine.submit(request("hit", prompts[-1], max_tokens=12))
         hit = drain(engine, Collected())
-        assert hit.ends["hit"].cached_tokens == 36
+        assert hit.ends["hit"].cached_tokens == 39
         assert hit.tokens["hit"] == loaded.greedy(prompts[-1], 12)
 
 

@@ -1,30 +1,37 @@
 """KV blocks: who holds which, which may be shared, and which is evicted next. Pure bookkeeping, no tensors.
 
-A block is in exactly one of three places: *used* (some sequence's table names it), *cached* (nobody's, but its
-tokens are known and may be hit again) or *free*. The three always add up to the capacity.
+A block is in exactly one of three places: *used* (some sequence's table names it, or it is reserved), *cached*
+(nobody's, but its tokens are known and may be hit again) or *free*. The three always add up to the capacity.
 
-A full block is found again by the pair (identity of the entry before it, its tokens). Identities are never used
-twice and a dictionary compares the tokens themselves, so a collision of hashes cannot mix up two prefixes.
+Full blocks are shared. A half-filled one, which the sequence that has it goes on writing, can be found only while
+nobody has it, and belongs to who finds it. The ledger, if there is one, knows at any moment of every block at most
+what it holds, and of every free block nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 from ...errors import InternalError
-
-_ROOT = 0  # the identity "before the first block"
-_Link = tuple[int, tuple[int, ...]]
+from ..kv.ledger import ROOT, BlockRecord
+from .notes import Notes
+from .prefixes import PrefixIndex
 
 
 @dataclass(slots=True)
 class _Table:
-    """One sequence's blocks. The first ``indexed`` of them are findable up to the entry ``last``."""
+    """One sequence's blocks and how far their KV is known.
 
-    blocks: list[int] = field(default_factory=list)
-    indexed: int = 0
-    last: int = _ROOT
+    The first ``full`` blocks are, of which ``hits`` were found; then come the tokens ``tail`` of the next one.
+    ``prefix`` stands for the tokens before the tail.
+    """
+
+    blocks: list[int]
+    hits: int = 0
+    full: int = 0
+    prefix: bytes = ROOT
+    tail: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,26 +47,32 @@ class BlockManager:
 
     Parameters
     ----------
-    capacity : int
-        Blocks in the pool; they are numbered from 0.
+    blocks : iterable of int
+        Blocks there are, by any numbers. Those that ``notes`` know are cached from the start.
     block_tokens : int
         Tokens per block.
     prefix_caching : bool
-        Whether computed full blocks can be found again by later sequences.
+        Whether computed blocks can be found again by later sequences; if not, nothing is noted either.
+    notes : Notes, optional
+        The ledger.
     """
 
-    def __init__(self, capacity: int, block_tokens: int, prefix_caching: bool = True) -> None:
-        if capacity < 0 or block_tokens < 1:
-            raise InternalError(f"KV pool of {capacity} blocks of {block_tokens} tokens")
+    def __init__(
+        self, blocks: Iterable[int], block_tokens: int, prefix_caching: bool = True, notes: Notes | None = None
+    ) -> None:
+        if block_tokens < 1:
+            raise InternalError(f"KV blocks of {block_tokens} tokens")
         self.block_tokens = block_tokens
         self._caching = prefix_caching
-        self._refs = [0] * capacity
-        self._free = list(range(capacity - 1, -1, -1))
+        self._notes = notes or Notes()
+        self._refs: dict[int, int] = {}
+        self._free: list[int] = []
         self._idle: dict[int, None] = {}  # cached blocks, least recently used first
+        self._reserved: set[int] = set()
         self._tables: dict[str, _Table] = {}
-        self._block_of: dict[_Link, int] = {}
-        self._link_of: dict[int, tuple[int, _Link]] = {}  # block -> (identity, its key in _block_of)
-        self._next_identity = _ROOT + 1
+        self._index = PrefixIndex(block_tokens)
+        self._stamp = 0
+        self.adopt([(block, self._notes.read(block)) for block in blocks])
 
     @property
     def capacity(self) -> int:
@@ -76,6 +89,10 @@ class BlockManager:
     @property
     def used_blocks(self) -> int:
         return self.capacity - self.available
+
+    @property
+    def reserved_blocks(self) -> int:
+        return len(self._reserved)
 
     @property
     def available(self) -> int:
@@ -107,17 +124,24 @@ class BlockManager:
         """
         if key in self._tables:
             raise InternalError(f"sequence {key!r} already has KV blocks")
-        hits, last = self._match(tokens)
-        idle_hits = sum(self._refs[block] == 0 for block in hits)
+        match = self._index.match(tokens, self._idle.__contains__)
+        hits = match.full + ([match.tail] if match.tail_tokens else [])
         missing = self.blocks_for(len(tokens)) - len(hits)
-        if missing + headroom > self.available - idle_hits:
+        if missing + headroom > self.available - sum(block in self._idle for block in hits):
             return None
-        for block in hits:
+        for depth, block in enumerate(hits):
             self._refs[block] += 1
             self._idle.pop(block, None)
-        fresh = [self._take() for _ in range(missing)]
-        self._tables[key] = _Table(hits + fresh, len(hits), last)
-        return len(hits) * self.block_tokens
+            self._notes.mark(block, True, depth)
+        table = _Table(hits, len(match.full), len(match.full), match.prefix)
+        if match.tail_tokens:  # about to be written, hence no longer for others
+            start = len(match.full) * self.block_tokens
+            table.tail = list(tokens[start : start + match.tail_tokens])
+            self._index.remove(match.tail)
+            self._notes.cut(match.tail, match.tail_tokens)
+        hits.extend(self._take() for _ in range(missing))
+        self._tables[key] = table
+        return table.full * self.block_tokens + len(table.tail)
 
     def extend(self, key: str, tokens: int) -> bool:
         """Make the sequence's table hold ``tokens`` tokens; False (and nothing changed) if blocks are short."""
@@ -130,71 +154,94 @@ class BlockManager:
         return True
 
     def record(self, key: str, tokens: Sequence[int], computed: int) -> None:
-        """Make findable the full blocks among the first ``computed`` tokens, whose KV has been written."""
-        table = self._tables[key]
+        """Note that the KV of the first ``computed`` tokens has been written; full blocks become findable."""
         if not self._caching:
             return
-        size = self.block_tokens
-        for i in range(table.indexed, computed // size):
-            link = (table.last, tuple(tokens[i * size : (i + 1) * size]))
-            twin = self._block_of.get(link)
-            table.last = self._index(table.blocks[i], link) if twin is None else self._link_of[twin][0]
-            table.indexed = i + 1
+        table, size = self._tables[key], self.block_tokens
+        known = table.full * size + len(table.tail)
+        while known < computed:
+            end = min(computed, (table.full + 1) * size)
+            self._fill(table, tokens[known:end])
+            known = end
 
-    def release(self, key: str) -> None:
-        """Take a sequence's blocks back; those that were recorded stay findable until they are evicted."""
-        for block in reversed(self._tables.pop(key).blocks):  # a prefix outlives what follows it
+    def release(self, key: str, spoiled: bool = False) -> None:
+        """Take a sequence's blocks back.
+
+        What was recorded stays findable until it is evicted, the half-filled last block too; if ``spoiled``, only
+        what the sequence had found itself, or others have.
+        """
+        table = self._tables.pop(key)
+        if table.tail:
+            self._index.insert(table.blocks[table.full], table.prefix, tuple(table.tail))
+        for place in reversed(range(len(table.blocks))):  # a prefix outlives what follows it
+            block = table.blocks[place]
             self._refs[block] -= 1
             if self._refs[block] < 0:
                 raise InternalError(f"KV block {block} released more often than taken")
-            if self._refs[block] == 0 and block in self._link_of:
-                self._idle[block] = None
-            elif self._refs[block] == 0:
-                self._free.append(block)
+            if self._refs[block] == 0:
+                if spoiled and place >= table.hits:
+                    self._index.remove(block)
+                self._let_go(block)
 
-    def grow(self, capacity: int) -> None:
-        """Add blocks behind the present ones, up to ``capacity`` in all."""
-        if capacity < self.capacity:
-            raise InternalError(f"grow to {capacity} KV blocks from {self.capacity}")
-        self._free[:0] = range(capacity - 1, self.capacity - 1, -1)
-        self._refs.extend([0] * (capacity - self.capacity))
+    def add(self, blocks: Iterable[int]) -> None:
+        """Take in blocks that hold nothing.
 
-    def shrink(self, capacity: int) -> tuple[tuple[int, int], ...] | ShrinkRefused:
-        """Give up the blocks from ``capacity`` on.
-
-        Returns
-        -------
-        tuple of (source, destination), or ShrinkRefused
-            Blocks whose contents the caller must copy before the next step; sources and destinations are
-            disjoint. Refused, and nothing changed, if more blocks are in use than would be left.
+        Raises
+        ------
+        InternalError
+            One of them is here already.
         """
-        if not 0 <= capacity <= self.capacity:
-            raise InternalError(f"shrink to {capacity} KV blocks from {self.capacity}")
-        if self.used_blocks > capacity:
-            return ShrinkRefused(capacity, self.used_blocks)
-        self._free = [block for block in self._free if block < capacity]
-        for block in [block for block in self._idle if block >= capacity]:
-            self._unindex(block)
-            del self._idle[block]
-        moves = {block: self._take() for block in range(capacity, self.capacity) if self._refs[block]}
-        for source, destination in moves.items():
-            self._move(source, destination)
-        for table in self._tables.values():
-            table.blocks[:] = [moves.get(block, block) for block in table.blocks]
-        del self._refs[capacity:]
-        return tuple(moves.items())
+        self.adopt([(block, None) for block in blocks])
 
-    def _match(self, tokens: Sequence[int]) -> tuple[list[int], int]:
-        hits: list[int] = []
-        last = _ROOT
-        size = self.block_tokens
-        for start in range(0, len(tokens) - size, size):
-            block = self._block_of.get((last, tuple(tokens[start : start + size])))
-            if block is None:
-                break
-            hits.append(block)
-            last = self._link_of[block][0]
-        return hits, last
+    def adopt(self, blocks: Collection[tuple[int, BlockRecord | None]]) -> None:
+        """Take in blocks, or reserved ones back, and make findable what they hold.
+
+        They count as used more recently than whatever is cached. One that holds what another holds already is free.
+
+        Raises
+        ------
+        InternalError
+            One of them is here already, and not reserved; nothing has changed then.
+        """
+        for block, _ in blocks:
+            if block in self._refs and block not in self._reserved:
+                raise InternalError(f"KV block {block} is here already")
+        known = [(block, record) for block, record in blocks if record is not None and self._caching]
+        known.sort(key=lambda pair: pair[1].eviction_rank)
+        empty = [block for block, record in blocks if record is None or not self._caching]
+        for block in empty:
+            self._enter(block)
+            self._notes.clear(block)
+        self._free[:0] = reversed(empty)  # taken from the end, those that were free before first
+        for block, record in known:
+            self._enter(block)
+            self._index.insert(block, record.prefix, record.tokens)
+            if block in self._index:
+                self._notes.begin(block, replace(record, used=False))
+            self._let_go(block)
+
+    def reserve(self, count: int) -> list[int]:
+        """Up to ``count`` free or cached blocks for the caller to fill; they count as used until `adopt`."""
+        blocks = [self._take() for _ in range(min(count, self.available))]
+        self._reserved.update(blocks)
+        return blocks
+
+    def give_up(self, count: int) -> list[int] | ShrinkRefused:
+        """Part with blocks: free ones, then cached ones. Refused, and nothing changed, if too many are in use."""
+        if count > self.available:
+            return ShrinkRefused(self.capacity - count, self.used_blocks)
+        blocks = [self._take() for _ in range(count)]
+        for block in blocks:
+            del self._refs[block]
+        return blocks
+
+    def detach(self) -> None:
+        """Write nothing to the ledger from here on."""
+        self._notes.detach()
+
+    def _enter(self, block: int) -> None:
+        self._reserved.discard(block)
+        self._refs[block] = 0
 
     def _take(self) -> int:
         if self._free:
@@ -202,25 +249,29 @@ class BlockManager:
         else:
             block = next(iter(self._idle))
             del self._idle[block]
-            self._unindex(block)
+            self._index.remove(block)
+            self._notes.clear(block)
         self._refs[block] = 1
         return block
 
-    def _index(self, block: int, link: _Link) -> int:
-        identity = self._next_identity
-        self._next_identity += 1
-        self._block_of[link] = block
-        self._link_of[block] = (identity, link)
-        return identity
+    def _fill(self, table: _Table, tokens: Sequence[int]) -> None:
+        block = table.blocks[table.full]
+        if table.tail:
+            self._notes.append(block, len(table.tail), tokens)
+        else:
+            self._notes.begin(block, BlockRecord(table.prefix, tuple(tokens), True, table.full))
+        table.tail += tokens
+        if len(table.tail) == self.block_tokens:
+            table.prefix = self._index.insert(block, table.prefix, tuple(table.tail))
+            table.tail = []
+            table.full += 1
 
-    def _unindex(self, block: int) -> None:
-        entry = self._link_of.pop(block, None)
-        if entry is not None:
-            del self._block_of[entry[1]]
-
-    def _move(self, source: int, destination: int) -> None:
-        self._refs[destination] = self._refs[source]
-        entry = self._link_of.pop(source, None)
-        if entry is not None:
-            self._link_of[destination] = entry
-            self._block_of[entry[1]] = destination
+    def _let_go(self, block: int) -> None:
+        """Nobody has the block any more: it is cached if it can be found, else free."""
+        if block in self._index:
+            self._idle[block] = None
+            self._stamp += 1
+            self._notes.mark(block, False, self._stamp)
+        else:
+            self._notes.clear(block)
+            self._free.append(block)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from ...errors import InternalError, OperatorError
+from ..kv.ledger import BlockRecord
 from ..model.batch import Batch
 from ..model.batch import Chunk as BatchChunk
 from ..protocol import EngineOutput, EngineRequest
-from .blocks import BlockManager
+from .blocks import BlockManager, ShrinkRefused
 from .requests import check_request
 from .sampler import Sampled, SampleRow
 from .scheduler import Chunk, Scheduler, SchedulerConfig
@@ -63,9 +64,9 @@ class EngineCore:
     not handed out again before the next `begin`.
     """
 
-    def __init__(self, config: EngineConfig, capacity: int, block_tokens: int) -> None:
+    def __init__(self, config: EngineConfig, blocks: BlockManager) -> None:
         self.config = config
-        self.scheduler = Scheduler(config.scheduler, BlockManager(capacity, block_tokens, config.prefix_caching))
+        self.scheduler = Scheduler(config.scheduler, blocks)
         self._ended: list[EngineOutput] = []  # ended outside a step, not reported yet
         self._stats = EngineStats()
 
@@ -85,7 +86,7 @@ class EngineCore:
         """End a request and free its blocks now; False if there is none of that id."""
         seq = self.scheduler.abort(request_id)
         if seq is not None:
-            self._end_outside_step(seq, Finished("abort"))
+            self._note_end(seq, Finished("abort"))
         return seq is not None
 
     def begin(self) -> StepWork:
@@ -115,40 +116,71 @@ class EngineCore:
         ended, self._ended = self._ended, []
         return ended
 
-    def replace_kv(self, capacity: int, block_tokens: int, keep: bool) -> None:
-        """Go over to another KV cache.
+    def resize(self, fresh: Iterable[int], target: int) -> list[int]:
+        """Take in empty blocks, then part with blocks until ``target`` are left; those parted with.
 
-        With ``keep`` the blocks hold what they held and there may only be more of them. Otherwise everything is
-        computed again. Sequences that can never fit the new cache end with an error.
-
-        Raises
-        ------
-        InternalError
-            ``keep`` with fewer or other blocks; nothing has changed.
+        Free blocks go first, then cached ones, then those of the latest arrivals, who wait again. Sequences that could
+        never fit end with an error. More than ``target`` are left only where that many are reserved.
         """
         blocks = self.scheduler.blocks
-        if keep:
-            if capacity < blocks.capacity or block_tokens != blocks.block_tokens:
-                raise InternalError(
-                    f"KV cannot be kept: {capacity} blocks of {block_tokens} tokens instead of "
-                    f"{blocks.capacity} of {blocks.block_tokens}"
-                )
-            blocks.grow(capacity)
-            return
-        self.scheduler.preempt_all()
-        self.scheduler.blocks = BlockManager(capacity, block_tokens, self.config.prefix_caching)
-        for seq in self.scheduler.misfits():
+        blocks.add(fresh)
+        self._end_misfits(target)
+        self.scheduler.preempt_until(blocks.capacity - target)
+        return self._part_with(target)
+
+    def adopt(self, records: Collection[tuple[int, BlockRecord | None]], target: int) -> list[int]:
+        """Take in blocks with what they hold, then part with blocks until ``target`` are left; those parted with.
+
+        The blocks adopted are the last to go, and nobody is pre-empted: more than ``target`` may be left.
+        """
+        self.scheduler.blocks.adopt(records)
+        parted = self._part_with(target)
+        self._end_misfits(self.scheduler.blocks.capacity)
+        return parted
+
+    def reserve(self, count: int) -> list[int]:
+        """Up to ``count`` blocks that nobody uses, to be filled and given back by `adopt`; they are no one's till then.
+
+        So many are left that every sequence here still fits.
+        """
+        blocks = self.scheduler.blocks
+        longest = max((seq.kv_tokens_at_most for seq in self.scheduler.sequences), default=0)
+        spare = blocks.capacity - blocks.reserved_blocks - blocks.blocks_for(longest)
+        return blocks.reserve(max(0, min(count, spare)))
+
+    def retire(self) -> None:
+        """Write nothing to the ledger from here on, since the KV passes to others; sequences stay."""
+        self.scheduler.blocks.detach()
+
+    def hand_over(self, moved_to: str) -> list[EngineOutput]:
+        """End every sequence, to be continued elsewhere; all outputs that have not been reported."""
+        for seq in self.scheduler.sequences:
+            end = Finished("moved")
+            self.scheduler.finish(seq, end)
+            self._note_end(seq, end, moved_to)
+        return self.drain()
+
+    def _part_with(self, target: int) -> list[int]:
+        blocks = self.scheduler.blocks
+        parted = blocks.give_up(max(0, min(blocks.capacity - target, blocks.available)))
+        if isinstance(parted, ShrinkRefused):
+            raise InternalError(f"no {parted.asked} KV blocks can be left while {parted.used} are in use")
+        return parted
+
+    def _end_misfits(self, capacity: int) -> None:
+        for seq in self.scheduler.misfits(capacity):
             end = Finished("error", f"its KV no longer fits: the cache has shrunk to {capacity} blocks")
             self.scheduler.finish(seq, end)
-            self._end_outside_step(seq, end)
+            self._note_end(seq, end)
 
-    def _end_outside_step(self, seq: Sequence, end: Finished) -> None:
+    def _note_end(self, seq: Sequence, end: Finished, moved_to: str = "") -> None:
+        """Report, with the next outputs, a sequence that has ended outside a step."""
         self._stats.ended += 1
-        self._ended.append(EngineOutput(seq.id, (), end.reason, error=end.error))
+        self._ended.append(EngineOutput(seq.id, (), end.reason, error=end.error, moved_to=moved_to))
 
     def _fail(self, seq: Sequence) -> EngineOutput:
         error = f"the model returned logits that are not finite at position {len(seq.tokens)}"
-        self.scheduler.finish(seq, Finished("error", error))
+        self.scheduler.finish(seq, Finished("error", error), spoiled=True)
         self._stats.ended += 1
         return EngineOutput(seq.id, (), "error", error=error)
 

@@ -5,22 +5,28 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...errors import InternalError, PeerLost
+from ..kv.ledger import BlockRecord
 from ..protocol import EngineLoad, EngineOutput, EngineRequest
+from .blocks import BlockManager
 from .core import EngineConfig, EngineCore, StepWork
 from .lockstep import Change, Offer, Retire, Row, Swap, gather
+from .notes import Notes
 from .sampler import Sampled, sample
 from .seams import KV, Decoder, StepExchange
 from .stats import EngineStats
+from .turns import Turns
 
+T = TypeVar("T")
+Emit = Callable[[list[EngineOutput]], None]
 RunEnd = Literal["stopped", "retired"]
 
 
@@ -37,12 +43,14 @@ class Engine:
     """Continues sequences, in lock-step with the engines of its peers.
 
     `run` or `step` are called from one thread, everything else from any. When `run` raises, no sequence is lost: it may
-    be called again, as a rule after `recover`.
+    be called again, as a rule after `recover`. An engine that has retired only waits for `hand_over`.
 
     Parameters
     ----------
-    decoder, kv, exchange
-        Model, its KV cache and the way to the peers, of one generation.
+    decoder, exchange
+        Model and the way to the peers, of one generation.
+    kv : KV
+        The device's cache, for all generations. What its ledger says of its blocks can be found from the start.
     config : EngineConfig
     clock : callable
         Seconds, for the step times.
@@ -55,6 +63,8 @@ class Engine:
         The last one swapped to; 0 before.
     on_boundary : callable or None
         Gets everyone's rows at each step boundary, after a change was committed; runs in the loop's thread.
+    last_step_s : float
+        When the last forward pass ended, by ``clock``; 0 before.
     """
 
     def __init__(
@@ -68,14 +78,19 @@ class Engine:
     ) -> None:
         self.config = config
         self.generation = 0
+        self.last_step_s = 0.0
         self.on_boundary: Callable[[Sequence[Row]], None] | None = None
         self._decoder, self._kv, self._exchange = decoder, kv, exchange
         self._clock, self._draw_seed = clock, draw_seed
-        self._core = EngineCore(config, kv.num_blocks, kv.block_tokens)
+        notes = Notes(kv.ledger, kv.page_of)
+        self._core = EngineCore(config, BlockManager(kv.block_ids, kv.block_tokens, config.prefix_caching, notes))
         self._offer = Offer()
         self._stop = False
+        self._retired = False
+        self._moved_to: str | None = None  # where later requests are sent; None: not handed over
+        self._emit: Emit = _nobody_listens
         self._lock = threading.Lock()  # guards the core and the exchange's identity; never held while waiting
-        self._loop = threading.Lock()  # held by whoever turns
+        self._turns = Turns()
 
     @property
     def load(self) -> EngineLoad:
@@ -89,7 +104,7 @@ class Engine:
             return self._core.stats
 
     def submit(self, request: EngineRequest) -> None:
-        """Queue a request.
+        """Queue a request. After `hand_over` it is reported as moved at once, through the ``emit`` of `run`.
 
         Raises
         ------
@@ -97,8 +112,12 @@ class Engine:
             It is refused, and nothing has changed.
         """
         with self._lock:  # the loop looks for work under the same lock, so ringing first loses nothing
-            self._ring()
-            self._core.submit(request, self._draw_seed)
+            moved_to = self._moved_to
+            if moved_to is None:
+                self._ring()
+                self._core.submit(request, self._draw_seed)
+        if moved_to is not None:
+            self._emit([EngineOutput(request.id, (), "moved", moved_to=moved_to)])
 
     def abort(self, request_id: str) -> None:
         """End a request and free its blocks now; it is reported with the next outputs. Unknown ids are ignored."""
@@ -109,8 +128,7 @@ class Engine:
     def offer(self, change: Change) -> None:
         """Declare readiness for a change; it comes at the boundary at which all members have declared it."""
         self._offer.make(change)
-        with self._lock:
-            self._ring()
+        self._wake()
 
     def withdraw(self, generation: int) -> bool:
         """Take an offer back; False if it is too late. Waits for a boundary in progress."""
@@ -118,31 +136,73 @@ class Engine:
 
     def stop(self) -> None:
         """End the loops of all members at the next boundary."""
-        with self._lock:
-            self._stop = True
-            self._ring()
+        self._stop = True
+        self._wake()
+
+    def call(self, fn: Callable[[], T]) -> T:
+        """Run ``fn`` in the loop's thread at its next step boundary, or at once where no loop runs; its result.
+
+        No forward pass runs meanwhile, so ``fn`` may change what is mapped. Within it, `resize`, `adopt` and `reserve`
+        act at once.
+        """
+        return self._turns.call(fn, self._wake)
+
+    def resize(self, fresh: Iterable[int], target: int) -> list[int]:
+        """`EngineCore.resize` at the next boundary: other blocks and another number of them; those parted with."""
+        return self._call_core(lambda: self._core.resize(fresh, target))
+
+    def adopt(self, records: Collection[tuple[int, BlockRecord | None]], target: int) -> list[int]:
+        """`EngineCore.adopt` at the next boundary: blocks that hold something; those parted with for them."""
+        return self._call_core(lambda: self._core.adopt(records, target))
+
+    def reserve(self, count: int) -> list[int]:
+        """`EngineCore.reserve` at the next boundary: up to ``count`` blocks to fill and give to `adopt`."""
+        return self._call_core(lambda: self._core.reserve(count))
 
     def recover(self, swap: Swap) -> None:
-        """Take new parts without asking the peers, after `run` has ended or raised.
+        """Take new parts without asking the peers, after `run` has ended or raised. All sequences are kept.
 
         Raises
         ------
         InternalError
-            The loop is running.
+            The loop is running, or the engine has retired.
         """
-        with self._alone():
+        with self._looping():
             self._offer.drop()
             self._apply(swap)
 
-    def run(self, emit: Callable[[list[EngineOutput]], None]) -> RunEnd:
+    def retire(self) -> None:
+        """Have no part in what comes, after `run` has raised; as if it had returned "retired"."""
+        with self._turns.loop():
+            self._offer.drop()
+            self._retire()
+
+    def hand_over(self, moved_to: str) -> list[EngineOutput]:
+        """End every sequence of an engine that has retired as moved to that device; all outputs not yet emitted.
+
+        Raises
+        ------
+        InternalError
+            The engine has not retired.
+        """
+        with self._turns.loop(), self._lock:
+            if not self._retired:
+                raise InternalError("an engine that has not retired cannot hand its sequences over")
+            self._moved_to = moved_to
+            return self._core.hand_over(moved_to)
+
+    def run(self, emit: Emit) -> RunEnd:
         """Turn until stopped or retired; ``emit`` gets each step's outputs, in this thread.
+
+        Retiring ends the loop only: the sequences stay until `hand_over`.
 
         Raises
         ------
         PeerLost
             A member is gone. All sequences are kept, as with any other error of the model.
         """
-        with self._alone():
+        with self._looping():
+            self._emit = emit
             while True:
                 exchange = self._exchange
                 seen = exchange.doorbell()
@@ -156,10 +216,11 @@ class Engine:
 
     def step(self) -> list[EngineOutput]:
         """One round of the loop, without sleeping."""
-        with self._alone():
+        with self._looping():
             return self._turn(self._exchange).outputs
 
     def _turn(self, exchange: StepExchange) -> _Turn:
+        self._turns.serve()
         with self._offer.boundary:
             rows = gather(exchange, self._row())
             change = self._offer.judge(rows)
@@ -169,6 +230,7 @@ class Engine:
             self.on_boundary(rows)
         busy = any(row.work for row in rows)
         if isinstance(change, Retire):
+            self._retire()
             return _Turn(self._drain(), end="retired")
         if any(row.stop for row in rows):
             self._stop = False
@@ -186,12 +248,13 @@ class Engine:
         with self._lock:
             work = self._core.begin()
         sampled = self._compute(work)
+        self.last_step_s = self._clock()
         with self._lock:
-            return self._core.finish(work, sampled, self._clock() - began_s)
+            return self._core.finish(work, sampled, self.last_step_s - began_s)
 
     @torch.inference_mode()
     def _compute(self, work: StepWork) -> list[Sampled]:
-        logits_RV: Tensor = self._decoder.forward(work.batch, self._kv)
+        logits_RV: Tensor = self._decoder.forward(work.batch, self._kv.cache)
         expected = (len(work.rows), self.config.vocab_size)
         if tuple(logits_RV.shape) != expected:
             raise InternalError(f"the model's logits have shape {tuple(logits_RV.shape)}; expected {expected}")
@@ -203,28 +266,35 @@ class Engine:
 
     def _apply(self, swap: Swap) -> None:
         with self._lock:
-            self._core.replace_kv(swap.kv.num_blocks, swap.kv.block_tokens, swap.keep_kv)
-            self._decoder, self._kv, self._exchange = swap.decoder, swap.kv, swap.exchange
+            self._decoder, self._exchange = swap.decoder, swap.exchange
             self.generation = swap.generation
+
+    def _retire(self) -> None:
+        with self._lock:
+            self._retired = True
+            self._core.retire()
+
+    def _call_core(self, fn: Callable[[], T]) -> T:
+        def locked() -> T:
+            with self._lock:
+                return fn()
+
+        return self.call(locked)
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._ring()
 
     def _ring(self) -> None:
         # A broken exchange wakes nobody; the loop meets the same error, and what was asked waits for `recover`.
         with suppress(PeerLost):
             self._exchange.ring()
 
-    def _alone(self) -> _Exclusive:
-        return _Exclusive(self._loop)
+    def _looping(self) -> AbstractContextManager[None]:
+        if self._retired:
+            raise InternalError("the engine has retired")
+        return self._turns.loop()
 
 
-class _Exclusive:
-    """Holds a lock that nobody waits for: being second is a mistake."""
-
-    def __init__(self, lock: threading.Lock) -> None:
-        self._lock = lock
-
-    def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            raise InternalError("the engine's loop is running already")
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+def _nobody_listens(outputs: list[EngineOutput]) -> None:
+    raise InternalError(f"request {outputs[0].id!r} has moved, and this engine never ran")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...errors import InternalError
-from .seams import KV, Decoder, StepExchange
+from .seams import Decoder, StepExchange
 
 NOTHING = -1  # offered by who offers nothing
 
@@ -28,17 +28,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """Go on in ``generation`` with these parts.
-
-    ``keep_kv``: the blocks hold what they held, under the same numbers; ``kv`` may have more of them. Otherwise
-    all running sequences are computed again from their tokens.
-    """
+    """Go on in ``generation`` with these parts. The KV is the device's, and stays."""
 
     generation: int
     decoder: Decoder
-    kv: KV
     exchange: StepExchange
-    keep_kv: bool = True
 
 
 @dataclass(frozen=True, slots=True)

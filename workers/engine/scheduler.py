@@ -66,6 +66,8 @@ class Chunk:
 class Scheduler:
     """Waiting and running sequences, and their blocks.
 
+    A sequence that ends or is pre-empted leaves what it has computed to be found: by itself, too.
+
     A step is ``schedule()``, the forward pass, ``complete(chunks)``. If the pass fails, nothing is lost: the next
     ``schedule()`` gives the same tokens again.
     """
@@ -136,14 +138,14 @@ class Scheduler:
                 if chunk.samples:
                     self.blocks.record(chunk.seq.id, chunk.seq.tokens, state.computed)
 
-    def finish(self, seq: Sequence, end: Finished) -> None:
-        """End a sequence and take its blocks back at once."""
+    def finish(self, seq: Sequence, end: Finished, spoiled: bool = False) -> None:
+        """End a sequence and take its blocks back at once; ``spoiled``: what it has written is not to be found."""
         was = seq.state
         seq.to(end)
         del self._by_id[seq.id]
         if isinstance(was, Running):
             self._running.remove(seq)
-            self.blocks.release(seq.id)
+            self.blocks.release(seq.id, spoiled)
         else:
             self._waiting.remove(seq)
 
@@ -165,14 +167,14 @@ class Scheduler:
         self._waiting.appendleft(seq)
         self.preemptions += 1
 
-    def preempt_all(self) -> None:
-        """Send every running sequence back to wait, for instance because the KV is gone."""
-        while self._running:
+    def preempt_until(self, available: int) -> None:
+        """Send the latest arrivals back to wait until so many blocks can be had, or nobody runs."""
+        while self._running and self.blocks.available < available:
             self.preempt(self._running[-1])
 
-    def misfits(self) -> list[Sequence]:
-        """Sequences that the pool, after a change, could not hold even alone."""
-        return [s for s in self.sequences if self.blocks.blocks_for(s.kv_tokens_at_most) > self.blocks.capacity]
+    def misfits(self, capacity: int) -> list[Sequence]:
+        """Sequences that a pool of so many blocks could not hold even alone."""
+        return [seq for seq in self.sequences if self.blocks.blocks_for(seq.kv_tokens_at_most) > capacity]
 
     def _check_fits(self, seq: Sequence) -> None:
         asked = f"{seq.prompt_len} prompt tokens and max_tokens {seq.sampling.max_tokens}"

@@ -1,0 +1,171 @@
+"""Blocks come and go under running requests, and what is asked from outside happens at a boundary (G3, G4, G6, G11)."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from concertina.errors import InternalError
+from concertina.workers.engine.engine import Engine
+from concertina.workers.engine.turns import Turns
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from .fakes import Collected, FakeDecoder, FakeKV, Hub, Stores, config, drain, expected_greedy, request, solo
+
+PROMPT = [4, 2, 7]
+MOST = 60
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=10), min_size=1, max_size=4),
+    sizes=st.lists(st.tuples(st.sets(st.integers(0, MOST - 1), max_size=30), st.integers(9, 40)), max_size=8),
+    steps=st.integers(0, 4),
+)
+def test_answers_do_not_depend_on_how_the_cache_changes(
+    prompts: list[list[int]], sizes: list[tuple[set[int], int]], steps: int
+) -> None:
+    kv = FakeKV(12, 2, ledger=Stores(2 * MOST, 2).ledger())
+    engine = solo(kv, setting=config(max_batched_tokens=9))
+    collected = Collected()
+    for i, prompt in enumerate(prompts):
+        engine.submit(request(str(i), prompt, max_tokens=8))
+    for blocks, target in sizes:
+        for _ in range(steps):
+            collected.emit(engine.step())
+        fresh = blocks - kv.mapped
+        total = len(kv.mapped) + len(fresh)
+        kv.mapped |= fresh
+        parted = engine.resize(sorted(fresh), target)
+        kv.mapped -= set(parted)
+        assert len(kv.mapped) == min(target, total) == engine.load.kv_blocks
+    drain(engine, collected)
+    for i, prompt in enumerate(prompts):
+        assert collected.tokens[str(i)] == expected_greedy(prompt, 8)
+
+
+def test_shrinking_sends_the_latest_back_and_keeps_what_was_computed() -> None:
+    engine = solo(24)
+    for name in "abc":
+        engine.submit(request(name, [ord(name) % 9, *PROMPT], max_tokens=6))
+    collected = Collected()
+    collected.emit(engine.step())
+    assert (engine.load.running, engine.load.kv_blocks_used) == (3, 6)
+    assert len(engine.resize([], 5)) == 19
+    assert (engine.load.running, engine.load.waiting, engine.stats.preemptions) == (2, 1, 1)
+    drain(engine, collected)
+    assert engine.load.kv_blocks == 5
+    for name in "abc":
+        assert collected.tokens[name] == expected_greedy([ord(name) % 9, *PROMPT], 6)
+
+
+def test_adopting_preempts_nobody() -> None:
+    engine = solo(10)
+    for name in "ab":
+        engine.submit(request(name, [ord(name) % 9, *PROMPT], max_tokens=8))
+    collected = Collected()
+    for _ in range(3):
+        collected.emit(engine.step())
+    used = engine.load.kv_blocks_used
+    kv = engine._kv
+    assert isinstance(kv, FakeKV)
+    kv.mapped |= {77, 78}
+    engine.adopt([(77, None), (78, None)], 2)
+    assert engine.load.kv_blocks == engine.load.kv_blocks_used == used
+    assert (engine.load.running, engine.stats.preemptions) == (2, 0)
+
+
+def test_reserving_leaves_room_for_everyone_here() -> None:
+    engine = solo(10)
+    engine.submit(request("a", PROMPT, max_tokens=10))  # 6 blocks at most
+    reserved = engine.reserve(100)
+    assert len(reserved) == 4
+    assert not set(engine.resize([], 3)) & set(reserved)
+    assert (engine.load.kv_blocks, engine.load.waiting) == (4, 0), "it cannot stay, but what is reserved does"
+    engine.adopt([(block, None) for block in reserved], 10)
+    assert engine.load.kv_blocks_used == 0
+
+
+def test_calls_are_served_between_steps_and_their_errors_come_back() -> None:
+    (exchange,) = Hub(1).members()
+    passing = threading.Event()
+    where: list[object] = []
+
+    def hook(batch: object) -> None:
+        passing.set()
+        time.sleep(0.002)
+        passing.clear()
+
+    engine = Engine(FakeDecoder(hook=hook), FakeKV(60), exchange, config(idle_wait_s=30.0))
+    collected = Collected()
+    loop = threading.Thread(target=engine.run, args=(collected.emit,), daemon=True)
+
+    def look() -> str:
+        where.append(threading.current_thread())
+        assert not passing.is_set()
+        return "seen" if engine.reserve(0) == [] else "not seen"  # a call within a call
+
+    assert engine.call(look) == "seen"
+    assert where == [threading.current_thread()]
+    loop.start()
+    try:
+        engine.submit(request("a", PROMPT, max_tokens=50))
+        for _ in range(10):
+            assert engine.call(look) == "seen"
+        collected.wait_for(lambda: "a" in collected.ends)
+        time.sleep(0.02)  # asleep for half a minute
+        assert engine.call(look) == "seen"
+        assert set(where[1:]) == {loop}
+        with pytest.raises(ZeroDivisionError):
+            engine.call(lambda: 1 // 0)
+        with pytest.raises(InternalError, match="cannot run within a call"):
+            engine.call(engine.step)
+        assert len(engine.resize([], 50)) == 10
+    finally:
+        engine.stop()
+        loop.join(20)
+    assert engine.call(look) == "seen"
+    assert collected.tokens["a"] == expected_greedy(PROMPT, 50)
+
+
+def test_the_time_of_the_last_pass_is_kept() -> None:
+    (exchange,) = Hub(1).members()
+    now = [5.0]
+
+    def hook(batch: object) -> None:
+        now[0] += 2.0
+
+    engine = Engine(FakeDecoder(hook=hook), FakeKV(9), exchange, config(), clock=lambda: now[0])
+    assert engine.last_step_s == 0.0
+    engine.submit(request("a", PROMPT, max_tokens=2))
+    drain(engine, Collected())
+    now[0] = 100.0
+    engine.step()
+    assert engine.last_step_s == 9.0
+
+
+def test_many_callers_and_loops_take_turns() -> None:
+    """Nobody is inside with another one, nobody is forgotten, and loops may end at any time."""
+    turns, inside, done = Turns(), [0], [0]
+
+    def alone() -> None:
+        inside[0] += 1
+        assert inside[0] == 1
+        time.sleep(0)
+        done[0] += 1
+        inside[0] -= 1
+
+    def caller() -> None:
+        for _ in range(100):
+            turns.call(alone, lambda: None)
+
+    callers = [threading.Thread(target=caller, daemon=True) for _ in range(4)]
+    for thread in callers:
+        thread.start()
+    while any(thread.is_alive() for thread in callers):
+        with turns.loop():
+            for _ in range(3):
+                turns.serve()
+    assert done == [400]
