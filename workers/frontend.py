@@ -91,10 +91,9 @@ class Frontend:
 
     def emit(self, outputs: list[EngineOutput]) -> None:
         """Send one step's outputs to whom they belong. From the engine's thread; never waits for a client."""
-        load = self._engine.load
         with self._gate:
             if self._open:
-                self._loop.call_soon_threadsafe(self._deliver, outputs, load)
+                self._loop.call_soon_threadsafe(self._deliver, outputs, self._engine.load)
 
     def close(self) -> None:
         """Hang up on everyone, which aborts their sequences, and end the thread."""
@@ -107,6 +106,7 @@ class Frontend:
     def _run(self, sock: socket.socket) -> None:
         with contextlib.closing(self._loop):
             self._loop.run_until_complete(self._main(sock))
+        del self._engine  # which has our `emit`, and much memory
 
     async def _main(self, sock: socket.socket) -> None:
         server = await asyncio.start_server(self._client, sock=sock)

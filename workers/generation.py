@@ -8,6 +8,7 @@ from typing import Literal
 
 from ..planners.placement import Placement
 from .families.base import ModelConfig
+from .pages.transfer import PageSource
 
 ExchangeKind = Literal["solo", "shared", "gloo", "nccl"]
 
@@ -61,13 +62,46 @@ class Generation:
 class Assignment:
     """A worker's role in a generation: its rank, and the pages of its device and of its node that it maps.
 
-    The two pools are one where the devices of a node share its memory.
+    The two pools are one where the devices of a node share its memory. The KV pages and the ledger of ``device`` count
+    only for a worker that has not mapped this device's KV yet; one that has keeps what it has.
+
+    Parameters
+    ----------
+    generation : Generation
+    rank : int
+    device, node : PoolExtents
+    threads : int
+        Compute threads from the commit of this generation on; 0 leaves them as they are.
     """
 
     generation: Generation
     rank: int
     device: PoolExtents
     node: PoolExtents
+    threads: int = 0
+
+    @property
+    def device_name(self) -> str:
+        return self.generation.placement.devices[self.rank]
+
+
+@dataclass(frozen=True, slots=True)
+class KVSource:
+    """Another device's KV, for `adopt_kv`.
+
+    Parameters
+    ----------
+    pool : PoolExtents
+        Its pool, with the ledger's pages.
+    source : PageSource
+        Where the pool's pages can be read by who cannot map them.
+    pages : tuple of int
+        The device's KV extent.
+    """
+
+    pool: PoolExtents
+    source: PageSource
+    pages: tuple[int, ...]
 
 
 def expert_key(layer: int, expert: int) -> str:
@@ -87,3 +121,4 @@ def kv_key(device: str) -> str:
 
 
 TRUNK_KEY = "trunk"
+LEDGER_KEY = "ledger"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from ..errors import InternalError
 from ..kernels.moe import select_moe_kernel
 from .batch_split import BatchSplit
+from .device_kv import DeviceKV
 from .exchange.base import Exchange
 from .exchange.liveness import MemberLocks
 from .exchange.parallel import LocalKernel, ParallelExperts
 from .exchange.shared import SharedMemoryExchange
 from .exchange.solo import SoloExchange
 from .families.layout import expert_layout
-from .generation import TRUNK_KEY, Assignment, PoolExtents, expert_key, kv_key
+from .generation import TRUNK_KEY, Assignment, PoolExtents, expert_key
 from .model.decoder import Decoder
-from .model.kv import KVCache
 from .model.views import DTYPES, expert_views, trunk_views
 from .pages.memfd import MemfdPool, map_pages
 from .pages.sharing import fetch_pool
@@ -32,13 +32,18 @@ _LOCKS_BASE = 1 << 60
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one worker runs of a generation. Everything stays mapped as long as this object lives."""
+    """What one worker runs of a generation. Its weights stay mapped as long as this object or its decoder lives.
+
+    ``kv`` is the worker's, not the generation's: it was there before and stays. ``pools`` are by the names that the
+    assignment has for them.
+    """
 
     assignment: Assignment
     decoder: Decoder
-    kv: KVCache
+    kv: DeviceKV
     exchange: Exchange
     experts: ParallelExperts
+    pools: Mapping[str, MemfdPool]
 
     @property
     def generation(self) -> int:
@@ -49,8 +54,17 @@ class Part:
         self.exchange.close()
 
 
-def join(assignment: Assignment) -> Part:
+KVOf = Callable[[Assignment, MemfdPool], DeviceKV]
+
+
+def join(assignment: Assignment, kv_of: KVOf) -> Part:
     """Map pages and join the exchange, while another generation may be running in this process.
+
+    Parameters
+    ----------
+    assignment : Assignment
+    kv_of : callable
+        The worker's KV of the assignment's device, given the device's pool.
 
     Raises
     ------
@@ -60,13 +74,15 @@ def join(assignment: Assignment) -> Part:
     generation = assignment.generation
     node = _pool(assignment.node)
     device = node if assignment.device.address == assignment.node.address else _pool(assignment.device)
-    exchange = _exchange(assignment, node)
-    split = BatchSplit(generation.placement)
-    experts = ParallelExperts(exchange, generation.placement, _local_kernel(assignment, device), split)
+    kernel = _local_kernel(assignment, device)
     trunk_u8 = _bytes(node, assignment.node.pages[TRUNK_KEY], writable=False)
     trunk = trunk_views(trunk_u8, generation.model, generation.dtype)
+    kv = kv_of(assignment, device)
+    exchange = _exchange(assignment, node)  # last, because others wait for whoever has joined
+    experts = ParallelExperts(exchange, generation.placement, kernel, BatchSplit(generation.placement))
     decoder = Decoder(generation.model, trunk, experts)
-    return Part(assignment, decoder, _kv(assignment, device), exchange, experts)
+    pools = {assignment.node.name: node, assignment.device.name: device}
+    return Part(assignment, decoder, kv, exchange, experts, pools)
 
 
 def _pool(extents: PoolExtents) -> MemfdPool:
@@ -105,18 +121,6 @@ def _local_kernel(assignment: Assignment, pool: MemfdPool) -> LocalKernel:
         return kernel(x_NH, slots_NK.long(), weights_NK, w13, w2)
 
     return run
-
-
-def _kv(assignment: Assignment, pool: MemfdPool) -> KVCache:
-    generation = assignment.generation
-    pages = assignment.device.pages[kv_key(generation.placement.devices[assignment.rank])]
-    needed = KVCache.block_bytes(generation.model, generation.dtype, generation.block_tokens)
-    per_block = -(-needed // generation.page_bytes)
-    blocks = len(pages) // per_block
-    buffer = _bytes(pool, pages, writable=True)
-    return KVCache(
-        generation.model, generation.dtype, buffer, blocks, generation.block_tokens, per_block * generation.page_bytes
-    )
 
 
 def _exchange(assignment: Assignment, node: MemfdPool) -> Exchange:

@@ -36,9 +36,32 @@ class WorkerConfig:
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """What a worker says of itself: generations it could switch to, the one it runs (0: none), and its counters.
+    """What a worker says of itself.
 
-    ``counts_LE`` are the (token, expert) pairs that it has routed in this generation, by MoE layer and expert.
+    Parameters
+    ----------
+    name : str
+    pid : int
+    prepared : frozenset of int
+        Generations that it could switch to.
+    serving : int
+        The generation that it runs, or ran until it parked; 0 for none.
+    failed : str
+        What ended its engine for good; empty while nothing has.
+    load, stats
+        The engine's, also while it stands still.
+    counts_LE : tuple of tuple of int
+        (token, expert) pairs that it has routed in this generation, by MoE layer and expert.
+    parked : str
+        Why its engine has stopped and waits for another generation; empty unless a peer was lost.
+    retired : int
+        The generation at whose coming it left; its sequences wait for `release`. 0 for none.
+    device : str
+        The device whose KV it maps; empty for none.
+    kv_blocks : int
+        KV blocks that it maps.
+    last_step_s : float
+        When its last step ended, on the node's monotonic clock; 0 before the first.
     """
 
     name: str
@@ -49,3 +72,13 @@ class WorkerReport:
     load: EngineLoad = field(default_factory=EngineLoad)
     stats: EngineStats = field(default_factory=EngineStats)
     counts_LE: tuple[tuple[int, ...], ...] = ()
+    parked: str = ""
+    retired: int = 0
+    device: str = ""
+    kv_blocks: int = 0
+    last_step_s: float = 0.0
+
+    @property
+    def situation(self) -> tuple[frozenset[int], int, str, int, str]:
+        """What the controller acts on; `watch` returns when it changes."""
+        return self.prepared, self.serving, self.parked, self.retired, self.failed

@@ -4,72 +4,147 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from ..errors import InternalError
+from .filling import LOADING, Filler
 from .loading import Piece
 from .owner import MemoryOwner, OwnerConfig
-from .pages.table import ExtentRequest
+from .pages.backend import PageNumbers
+from .pages.store import TABLE_KEY
+from .pages.table import ExtentRequest, Purpose
+from .pages.transfer import CopyPlan, PageSource
 
 if TYPE_CHECKING:  # torch takes seconds to import: only a worker's process does so
-    from .generation import Assignment
+    from .generation import Assignment, KVSource
     from .roles import WorkerConfig, WorkerReport
-
-_LOADING = "loading:"
 
 
 class OwnerService:
-    """A memory owner in a process of its own."""
+    """A memory owner in a process of its own. Calls may be repeated: what was done already is not done again.
 
-    def __init__(self, config: OwnerConfig) -> None:
+    Parameters
+    ----------
+    config : OwnerConfig
+    adopt_from : str or None
+        Address at which a holder lends the pool of an owner that died: the pool is taken over with its contents. None
+        makes a new pool.
+
+    Raises
+    ------
+    OperatorError
+        The pool offered is another one, or its owner still lives.
+    InternalError
+        Nobody lends the pool any more.
+    """
+
+    def __init__(self, config: OwnerConfig, adopt_from: str | None = None) -> None:
         logging.basicConfig(level=logging.INFO)
-        self._owner = MemoryOwner(config)
-        self._loaded = 0
+        self._owner = MemoryOwner.adopt(config, adopt_from) if adopt_from else MemoryOwner(config)
+        self._lock = threading.Lock()  # between looking and changing
+        self._filler = Filler(self._owner)
+        self._filler.drop_unfinished()
 
     def address(self) -> str:
         """Where the pool is handed out."""
         return self._owner.address
 
-    def fill(self, requests: Sequence[ExtentRequest], pieces: Sequence[Piece]) -> None:
-        """Allocate the extents that are missing and load them; one that is there is whole.
+    def config(self) -> OwnerConfig:
+        """What this owner was made with."""
+        return self._owner.config
 
-        An extent is filled under another key and renamed when it is whole, so that an owner killed half-way leaves
-        nothing that looks finished.
-        """
-        there = {extent.key for extent in self._owner.extents()}
-        missing = [r for r in requests if r.key not in there]
-        self._drop([_LOADING + r.key for r in missing if _LOADING + r.key in there])
-        self._owner.allocate_all([ExtentRequest(_LOADING + r.key, r.purpose, r.pages) for r in missing])
-        keys = {r.key for r in missing}
-        wanted = [Piece(p.source, _LOADING + p.key, p.dest_offset, p.dtype) for p in pieces if p.key in keys]
-        before = self._loaded
-        self._owner.load(wanted, lambda done, total: self._count(before + done))
-        self._owner.rename_all({_LOADING + key: key for key in keys})
+    def source(self) -> PageSource:
+        """Where peers read this pool's pages."""
+        return self._owner.source()
 
-    def _count(self, loaded: int) -> None:
-        self._loaded = loaded
-
-    def _drop(self, keys: Sequence[str]) -> None:
-        if keys:
-            self._owner.free(*keys)
+    def fill(self, requests: Sequence[ExtentRequest], pieces: Sequence[Piece], copies: Sequence[CopyPlan] = ()) -> None:
+        """See `Filler.fill`."""
+        self._filler.fill(requests, pieces, copies)
 
     def loaded_bytes(self) -> int:
         """Checkpoint bytes read so far."""
-        return self._loaded
+        return self._filler.loaded_bytes
+
+    def copied_bytes(self) -> int:
+        """Bytes copied from peers so far."""
+        return self._filler.copied_bytes
+
+    def extend(self, key: str, purpose: Purpose, pages: int, had: int | None = None) -> tuple[int, ...]:
+        """Append ``pages`` zeroed pages to an extent or a new one; returns all of its pages.
+
+        ``had`` makes repeating harmless: the pages that the extent had before. Only what it lacks of ``had + pages`` is
+        appended then.
+        """
+        with self._lock:
+            there = self._pages_of(key)
+            lacking = pages if had is None else had + pages - len(there)
+            return PageNumbers(self._owner.extend(key, purpose, lacking).pages) if lacking > 0 else there
+
+    def trim(self, key: str, keep: Sequence[int]) -> tuple[int, ...]:
+        """Give back the pages of an extent that are not in ``keep``; returns those left.
+
+        Raises
+        ------
+        PagesHeld
+            Somebody maps one of them; then nothing is given back.
+        InternalError
+            A page to keep is not in the extent.
+        """
+        with self._lock:
+            there, kept = self._pages_of(key), set(keep)
+            if not kept <= set(there):
+                lost = len(kept - set(there))
+                raise InternalError(f"extent {key!r} of {len(there)} pages: {lost} of those to keep are not in it")
+            gone = [page for page in there if page not in kept]
+            return PageNumbers(self._owner.trim(key, gone).pages) if gone else there
+
+    def relabel(self, key: str, pages: Sequence[int], to_key: str) -> None:
+        """Move pages to another extent of the same purpose; those that are there already stay where they are."""
+        with self._lock:
+            there = set(self._pages_of(to_key))
+            moving = [page for page in pages if page not in there]
+            if moving:
+                self._owner.move_pages(key, moving, to_key, self._owner.extent(key).purpose)
 
     def free(self, keys: Sequence[str]) -> None:
-        """Give extents back; raises while somebody maps them."""
-        there = {extent.key for extent in self._owner.extents()}
-        self._drop([key for key in keys if key in there])
+        """Give extents back; raises `PagesHeld`, and gives none back, while somebody maps one of them."""
+        with self._lock:
+            known = [key for key in dict.fromkeys(keys) if self._pages_of(key)]
+            if known:
+                self._owner.free(*known)
+
+    def _pages_of(self, key: str) -> tuple[int, ...]:
+        found = [extent for extent in self._owner.extents(key) if extent.key == key]
+        return PageNumbers(found[0].pages) if found else PageNumbers()
 
     def pages(self) -> Mapping[str, tuple[int, ...]]:
-        """Pages of every finished extent; the page table's own are nobody's business."""
-        extents = [e for e in self._owner.extents() if e.purpose != "table"]
-        return {e.key: e.pages for e in extents if not e.key.startswith(_LOADING)}
+        """Pages of every finished extent, the ledger's too; the page table's own are nobody's business."""
+        extents = [e for e in self._owner.extents() if e.key != TABLE_KEY]
+        return {e.key: PageNumbers(e.pages) for e in extents if not e.key.startswith(LOADING)}
 
     def usage(self) -> Mapping[str, int]:
         """Pages by purpose."""
         return self._owner.usage()
+
+    def alive(self) -> int:
+        """This process's id."""
+        return os.getpid()
+
+    def kill(self, pid: int) -> None:
+        """End a process of this node that hangs, without asking it; one that is gone already is no error."""
+        if pid <= 1 or pid == os.getpid():
+            raise InternalError(f"kill: pid: expected another process than the owner itself, got {pid}")
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+    def wait(self, timeout_s: float) -> None:
+        """Return after the time-out; a call that fails before says that this process has died."""
+        time.sleep(timeout_s)
 
 
 class WorkerService:
@@ -93,11 +168,29 @@ class WorkerService:
     def commit(self, generation: int) -> None:
         self._worker.commit(generation)
 
+    def kv_pages(self) -> tuple[int, ...]:
+        return self._worker.kv_pages()
+
+    def resize_kv(self, blocks: int, fresh: Sequence[int]) -> tuple[int, ...]:
+        return self._worker.resize_kv(blocks, fresh)
+
+    def adopt_kv(self, source: KVSource, blocks: int) -> tuple[int, ...]:
+        return self._worker.adopt_kv(source, blocks)
+
+    def release(self, moved_to: str) -> None:
+        self._worker.release(moved_to)
+
+    def lend(self, pool: str) -> str:
+        return self._worker.lend(pool)
+
     def address(self) -> tuple[str, int]:
         return self._worker.address()
 
     def report(self) -> WorkerReport:
         return self._worker.report()
+
+    def watch(self, seen: WorkerReport, timeout_s: float) -> WorkerReport:
+        return self._worker.watch(seen, timeout_s)
 
     def stop(self) -> None:
         self._worker.stop()

@@ -1,9 +1,13 @@
-"""The worker of one device: takes roles in generations, runs the engine, answers the ingress. Knows no Ray."""
+"""The worker of one device: takes roles in generations, runs the engine, answers the ingress. Knows no Ray.
+
+It begins as an idle standby. The first commit gives it a device's KV, an engine and clients; it keeps them from
+generation to generation, and through the loss of peers, until it has retired and is released: then it is idle again.
+"""
 
 from __future__ import annotations
 
-import logging
 import os
+import secrets
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,19 +15,20 @@ from dataclasses import replace
 import torch
 
 from ..errors import InternalError
-from .engine.core import EngineConfig
-from .engine.engine import Engine
-from .engine.lockstep import Retire, Row, Swap
-from .frontend import Frontend
-from .generation import Assignment
+from .adoption import adopt
+from .device_kv import DeviceKV
+from .generation import Assignment, KVSource
 from .mapping import Part, join
+from .pages.memfd import MemfdPool
+from .pages.sharing import PoolServer
 from .roles import WorkerConfig, WorkerReport
-
-_log = logging.getLogger(__name__)
+from .service import Failed, Parked, Retired, Service
 
 
 class Worker:
-    """One worker. Methods may be called from any thread; `prepare` runs beside a generation that serves.
+    """One worker. Methods may be called from any thread, twice, or late; generations' ids only grow.
+
+    `prepare` may take long; nothing else waits for it.
 
     Parameters
     ----------
@@ -33,15 +38,18 @@ class Worker:
     def __init__(self, config: WorkerConfig) -> None:
         torch.set_num_threads(config.threads)
         self.config = config
-        self._prepared: dict[int, Part] = {}
-        self._part: Part | None = None
-        self._engine: Engine | None = None
-        self._frontend: Frontend | None = None
-        self._loop: threading.Thread | None = None
-        self._left: Part | None = None
-        self._offered = 0
-        self._failed = ""
-        self._lock = threading.Lock()
+        # Taken in this order; the last is the only one that is never held while waiting for anything else.
+        self._control = threading.Lock()  # one commit, abandonment, release or stop at a time
+        self._adopting = threading.Lock()
+        self._mapping = threading.Lock()  # guards _kv
+        self._changed = threading.Condition()  # guards everything else, and tells of its changes
+        self._kv: DeviceKV | None = None
+        self._parts: dict[int, Part] = {}
+        self._joining: set[int] = set()
+        self._abandoned: set[int] = set()
+        self._service: Service | None = None
+        self._lent: dict[str, PoolServer] = {}
+        self._stopped = False
 
     def prepare(self, assignment: Assignment) -> None:
         """Map a generation's pages and join its exchange; returns when all members have joined.
@@ -49,42 +57,156 @@ class Worker:
         Raises
         ------
         ConcertinaError
-            It cannot be done; whatever runs here goes on.
+            It cannot be done, or was abandoned meanwhile; whatever runs here goes on.
         """
-        with self._lock:
-            if assignment.generation.id in self._prepared:
+        generation = assignment.generation.id
+        with self._changed:
+            self._changed.wait_for(lambda: generation not in self._joining)  # another call for the same
+            if generation in self._parts or self._passed(generation):
                 return
-        part = join(assignment)
-        with self._lock:
-            self._prepared[part.generation] = part
+            self._refuse(generation)
+            self._joining.add(generation)
+        part: Part | None = None
+        try:
+            part = join(assignment, self._kv_for)
+        finally:
+            kept = self._joined(generation, part)
+            if not kept:
+                if part is not None:
+                    part.close()
+                part = None
+                self._let_go_if_idle()
+        if not kept:
+            raise InternalError(f"worker {self.config.name}: generation {generation} was abandoned while it joined")
 
     def abandon(self, generation: int) -> None:
-        """Let go of a generation that was prepared and will not come."""
-        with self._lock:
-            part = self._prepared.pop(generation, None)
+        """Let go of a generation that will not come, prepared or on offer; one that has come stays."""
+        with self._control:
+            service = self._service
+            if service is not None and not service.withdraw(generation):
+                return
+            with self._changed:
+                self._abandoned.add(generation)
+                part = self._parts.pop(generation, None)
+                self._changed.notify_all()
         if part is not None:
             part.close()
+            del part
+        self._let_go_if_idle()
 
     def commit(self, generation: int) -> None:
-        """Go to a prepared generation at the next boundary at which all members do.
+        """Go to a prepared generation at the next boundary at which all members do, or at once while parked.
 
-        Without a generation that runs, this starts the engine. A generation that was not prepared here is one that
-        this worker has no part in: it retires at that boundary.
+        Without an engine this starts one. A generation that was not prepared here is one that this worker has no part
+        in: it retires, with its sequences, at that boundary, or at once while parked.
+
+        Raises
+        ------
+        InternalError
+            It was abandoned; the engine has failed; or an idle worker has not prepared it.
         """
-        with self._lock:
-            if generation in (self._serving(), self._offered):
+        with self._control:
+            if generation in self._abandoned:
+                raise InternalError(f"worker {self.config.name}: generation {generation} was abandoned")
+            if self._service is not None:
+                self._service.commit(generation)
                 return
-            part = self._prepared.get(generation)
-            if self._engine is None:
-                if part is None:
-                    raise InternalError(f"worker {self.config.name}: generation {generation} was not prepared")
-                self._start(part)
-                return
+            with self._changed:
+                part = self._parts.get(generation)
             if part is None:
-                self._engine.offer(Retire(generation))
-            else:
-                self._engine.offer(Swap(generation, part.decoder, part.kv, part.exchange))
-            self._offered = generation
+                raise InternalError(f"worker {self.config.name}: generation {generation} was not prepared")
+            service = Service(self.config, part, self._parts, self._changed)
+            with self._changed:
+                self._service = service
+                del self._parts[generation]
+                self._changed.notify_all()
+
+    def kv_pages(self) -> tuple[int, ...]:
+        """Pages of the KV blocks mapped now, block by block."""
+        kv = self._kv
+        return () if kv is None else kv.pages
+
+    def resize_kv(self, blocks: int, fresh: Sequence[int]) -> tuple[int, ...]:
+        """At the next boundary, map more pages as empty blocks, then give up blocks until ``blocks`` are mapped.
+
+        Free blocks go first, then cached ones, then those of the latest arrivals, which wait again.
+
+        Parameters
+        ----------
+        blocks : int
+        fresh : sequence of int
+            Whole blocks, of the device's KV extent; those that are mapped already are skipped.
+
+        Returns
+        -------
+        tuple of int
+            All pages mapped afterwards, block by block.
+
+        Raises
+        ------
+        InternalError
+            There is no engine.
+        """
+        service, kv = self._serving()
+        service.call(lambda: kv.unmap(service.engine.resize(kv.map(fresh), blocks)))
+        return kv.pages
+
+    def adopt_kv(self, source: KVSource, blocks: int) -> tuple[int, ...]:
+        """Take over the KV of a device whose worker has left, then give up blocks down to ``blocks``.
+
+        Blocks in use stay, even if that makes more.
+
+        Returns
+        -------
+        tuple of int
+            All pages mapped afterwards, block by block.
+
+        Raises
+        ------
+        ConcertinaError
+            There is no engine, or the source cannot be read.
+        """
+        service, kv = self._serving()
+        with self._adopting:
+            adopt(service, kv, source, blocks)
+        return kv.pages
+
+    def release(self, moved_to: str) -> None:
+        """Tell a retired worker's clients to go on at the device ``moved_to`` (empty: any), and be idle again.
+
+        Raises
+        ------
+        InternalError
+            The worker has not retired.
+        """
+        with self._control:
+            service = self._service
+            if service is None:
+                return
+            service.release(moved_to)
+            with self._changed:
+                self._service = None
+                parts = list(self._parts.values())  # their KV is that of the device, which is another's now
+                self._parts.clear()
+                self._changed.notify_all()
+            for part in parts:
+                part.close()
+            del service
+            self._let_go_if_idle()
+
+    def lend(self, pool: str) -> str:
+        """Serve a pool that is mapped here, for an owner that is to take it over; returns the address.
+
+        Raises
+        ------
+        InternalError
+            Nothing of a pool of that name is mapped here.
+        """
+        with self._changed:
+            if pool not in self._lent:
+                found, token = self._find_pool(pool)
+                self._lent[pool] = PoolServer(found, token, f"@concertina/lent/{secrets.token_hex(8)}")
+            return self._lent[pool].address
 
     def address(self) -> tuple[str, int]:
         """Where the ingress connects.
@@ -92,83 +214,117 @@ class Worker:
         Raises
         ------
         InternalError
-            There is no engine yet.
+            There is no engine.
         """
-        if self._frontend is None:
-            raise InternalError(f"worker {self.config.name} serves no generation yet")
-        return self.config.host, self._frontend.port
+        service, _ = self._serving()
+        return self.config.host, service.frontend.port
 
     def report(self) -> WorkerReport:
         """State and counters now."""
-        with self._lock:
-            engine, part = self._engine, self._part
-            report = WorkerReport(
-                self.config.name, os.getpid(), frozenset(self._prepared), self._serving(), self._failed
-            )
-        if engine is None or part is None:
+        with self._changed:
+            report, service = self._report(), self._service
+        kv = self._kv
+        if kv is not None:
+            report = replace(report, device=kv.device, kv_blocks=kv.mapped)
+        if service is None:
             return report
-        counts = tuple(map(tuple, part.experts.counts_LE.tolist()))
-        return replace(report, load=engine.load, stats=engine.stats, counts_LE=counts)
+        engine = service.engine
+        counts = tuple(map(tuple, service.part.experts.counts_LE.tolist()))
+        return replace(report, load=engine.load, stats=engine.stats, counts_LE=counts, last_step_s=engine.last_step_s)
+
+    def watch(self, seen: WorkerReport, timeout_s: float) -> WorkerReport:
+        """A report as soon as its `WorkerReport.situation` is not that of ``seen``, or after ``timeout_s``."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._report().situation != seen.situation, timeout_s)
+        return self.report()
 
     def stop(self) -> None:
-        """End the engine and close what is open."""
-        engine, frontend = self._engine, self._frontend
-        if engine is not None:
-            engine.stop()
-        if frontend is not None:
-            frontend.close()
-        if self._loop is not None and self._loop is not threading.current_thread():
-            self._loop.join(timeout=5)
-        self._leave()
-
-    def _serving(self) -> int:
-        return self._part.generation if self._part is not None else 0
-
-    def _start(self, part: Part) -> None:
-        """The first generation: engine, its loop and the door for the ingress."""
-        model = part.assignment.generation.model
-        config = EngineConfig(
-            self.config.scheduler, model.vocab_size, model.eos_ids, prefix_caching=self.config.prefix_caching
-        )
-        self._engine = engine = Engine(part.decoder, part.kv, part.exchange, config)
-        engine.generation = part.generation
-        engine.on_boundary = self._at_boundary
-        self._frontend = Frontend(engine, self.config.host, 0, self.config.token)
-        self._prepared.pop(part.generation)
-        self._part = part
-        self._loop = threading.Thread(target=self._run, args=(engine,), name="engine", daemon=True)
-        self._loop.start()
-
-    def _run(self, engine: Engine) -> None:
-        assert self._frontend is not None
-        try:
-            end = engine.run(self._frontend.emit)
-            _log.info("worker %s: its engine %s", self.config.name, end)
-            if end == "retired":
-                self._leave()
-        except Exception as e:  # noqa: BLE001 - whatever ends the engine is reported, and ends what clients wait for
-            _log.exception("worker %s: its engine failed", self.config.name)
-            self._failed = f"{type(e).__name__}: {e}"
-            self._frontend.close()
-
-    def _at_boundary(self, rows: Sequence[Row]) -> None:
-        """In the engine's thread: note that a swap has happened, and leave the generation before.
-
-        It is left only at the boundary after: then every member has come, and nobody still reads what was sent there.
-        """
-        assert self._engine is not None
-        if self._left is not None:
-            self._left.close()
-            self._left = None
-        if self._engine.generation != self._serving():
-            with self._lock:
-                self._left, self._part = self._part, self._prepared.pop(self._engine.generation)
-
-    def _leave(self) -> None:
-        """Let go of the generation that ran here, and of one that was left before."""
-        with self._lock:
-            parts = [self._left, self._part]
-            self._left = self._part = self._engine = None
+        """End the engine and close what is open; the worker takes no role any more."""
+        with self._changed:
+            self._stopped = True
+            service = self._service
+            lent, self._lent = self._lent, {}
+        if service is not None:  # without waiting for a commit, which may be waiting for peers
+            service.stop()
+        with self._changed:
+            self._service = None
+            parts = list(self._parts.values())
+            self._parts.clear()
+            self._changed.notify_all()
         for part in parts:
-            if part is not None:
-                part.close()
+            part.close()
+        for server in lent.values():
+            server.close()
+        self._let_go_if_idle()
+
+    def _report(self) -> WorkerReport:
+        """What `WorkerReport.situation` says; the caller holds ``_changed``."""
+        service, prepared = self._service, frozenset(self._parts)
+        report = WorkerReport(self.config.name, os.getpid(), prepared, 0, "")
+        if service is None:
+            return report
+        report = replace(report, serving=service.generation)
+        match service.state:
+            case Parked(reason):
+                return replace(report, parked=reason)
+            case Retired(generation):
+                return replace(report, retired=generation)
+            case Failed(reason):
+                return replace(report, failed=reason)
+        return report
+
+    def _passed(self, generation: int) -> bool:
+        """Whether this worker has come to that generation, or beyond."""
+        return self._service is not None and generation <= self._service.part.generation
+
+    def _refuse(self, generation: int) -> None:
+        """Raise unless this worker may take part in a new generation."""
+        if self._stopped:
+            raise InternalError(f"worker {self.config.name}: it has been stopped")
+        if generation in self._abandoned:
+            raise InternalError(f"worker {self.config.name}: generation {generation} was abandoned")
+        match self._service.state if self._service is not None else None:
+            case Failed(reason):
+                raise InternalError(f"worker {self.config.name}: {reason}")
+            case Retired():
+                raise InternalError(f"worker {self.config.name}: it has retired and waits to be released")
+
+    def _joined(self, generation: int, part: Part | None) -> bool:
+        """Note the end of joining; whether the part is wanted still."""
+        with self._changed:
+            self._joining.discard(generation)
+            kept = part is not None and generation not in self._abandoned and not self._stopped
+            if part is not None and kept:
+                self._parts[generation] = part
+            self._changed.notify_all()
+        return kept
+
+    def _kv_for(self, assignment: Assignment, pool: MemfdPool) -> DeviceKV:
+        with self._mapping:
+            if self._kv is None:
+                self._kv = DeviceKV(assignment, pool)
+            self._kv.check(assignment)
+            return self._kv
+
+    def _let_go_if_idle(self) -> None:
+        """A device's KV is kept only as long as there is a role for it."""
+        with self._mapping:
+            with self._changed:
+                idle = self._service is None and not self._parts and not self._joining
+            if idle and self._kv is not None:
+                self._kv.close()
+                self._kv = None
+
+    def _serving(self) -> tuple[Service, DeviceKV]:
+        service, kv = self._service, self._kv
+        if service is None or kv is None:
+            raise InternalError(f"worker {self.config.name} serves no generation")
+        return service, kv
+
+    def _find_pool(self, name: str) -> tuple[MemfdPool, str]:
+        parts = list(self._parts.values()) + ([self._service.part] if self._service is not None else [])
+        for part in parts:
+            for extents in (part.assignment.node, part.assignment.device):
+                if extents.name == name:
+                    return part.pools[name], extents.token
+        raise InternalError(f"worker {self.config.name} maps nothing of pool {name!r}")

@@ -1,0 +1,162 @@
+"""Mapping a device's KV blocks, and adoption when what is read from fails or is slow."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+from concertina.errors import InternalError
+from concertina.workers import adoption
+from concertina.workers.device_kv import DeviceKV
+from concertina.workers.generation import LEDGER_KEY, kv_key
+from concertina.workers.pages.sharing import fetch_pool
+from concertina.workers.pages.transfer import PageReader, open_pages
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ..model.loaded import Loaded
+from .site import TOKEN, LocalWorker, Site, bring
+from .streams import clients
+
+MakeSite = Callable[..., Site]
+Hire = Callable[[], LocalWorker]
+BLOCKS = 12
+
+
+@pytest.fixture(scope="module")
+def kept_site(loaded: Loaded) -> Iterator[Site]:
+    site = Site(loaded.files, ["a"], blocks=BLOCKS)
+    yield site
+    site.close()
+
+
+def open_kv(site: Site) -> DeviceKV:
+    (assignment,) = site.generation(["a"], "solo")
+    return DeviceKV(assignment, fetch_pool(site.node.address, TOKEN))
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(moves=st.lists(st.tuples(st.booleans(), st.sets(st.integers(0, BLOCKS - 1), min_size=1)), max_size=12))
+def test_blocks_come_and_go_and_each_keeps_its_pages(kept_site: Site, moves: Sequence[tuple[bool, set[int]]]) -> None:
+    """However they are mapped, a block's bytes are its pages', and the owner knows which are held."""
+    site = kept_site
+    kv = open_kv(site)
+    groups = kv.grouped(site.kv("a"))
+    there = dict(enumerate(groups))
+    kv.memory(kv.block_ids[0])[:2] = b"ab"
+    first_page = kv.page_of(kv.block_ids[0])
+    for maps, chosen in moves:
+        if maps:
+            new = kv.map([page for i in sorted(chosen, reverse=True) for page in groups[i]])
+            assert len(new) == len(chosen - there.keys())
+            there |= {i: groups[i] for i in chosen}
+        else:
+            gone = [block for block in kv.block_ids if kv.page_of(block) in {groups[i][0] for i in chosen}]
+            kv.unmap(gone)
+            there = {i: group for i, group in there.items() if i not in chosen}
+        assert sorted(kv.pages) == sorted(page for group in there.values() for page in group)
+        assert set(kv.grouped(kv.pages)) == set(there.values())
+        with site.node.pool.holds() as holds:
+            assert [holds.held_elsewhere(group) for group in groups] == [i in there for i in range(BLOCKS)]
+        for block in kv.block_ids:
+            if kv.page_of(block) == first_page:
+                assert bytes(kv.memory(block)[:2]) == b"ab"
+    kv.close()
+    assert not site.node.held(kv_key("a"))
+    assert kv.pages == ()
+
+
+def test_what_is_refused_changes_nothing(make_site: MakeSite) -> None:
+    site = make_site("a", blocks=4)
+    kv = open_kv(site)
+    before = kv.pages
+    fresh = [max(before) + 1, 10**6]
+    if kv.block_pages > 1:
+        with pytest.raises(InternalError, match="not whole blocks"):
+            kv.map(fresh[:1])
+    with pytest.raises(InternalError, match="outside"):
+        kv.map([page for page in fresh for _ in range(kv.block_pages)])
+    assert kv.pages == before
+    (assignment,) = site.generation(["a"], "solo")
+    other = replace(assignment.generation, block_tokens=8)
+    with pytest.raises(InternalError, match="its KV blocks differ"):
+        kv.check(replace(assignment, generation=other))
+    bare = replace(assignment.device, pages={k: v for k, v in assignment.device.pages.items() if k != LEDGER_KEY})
+    with pytest.raises(InternalError, match="no extent 'ledger'"):
+        DeviceKV(replace(assignment, device=bare), kv.pool)
+
+
+class FaultyReader:
+    """Waits for leave before every read of blocks; fails at the one that it is told to."""
+
+    def __init__(self, inner: PageReader, fails_at: int, leave: threading.Event) -> None:
+        self._inner, self._fails_at, self._leave = inner, fails_at, leave
+        self.geometry, self.reads = inner.geometry, 0
+
+    def read_into(self, pages: Sequence[int], segments: Sequence[memoryview], copied: object = None) -> None:
+        self.reads += 1
+        if self.reads > 1:  # the first is of the ledger
+            assert self._leave.wait(20)
+        if self.reads == self._fails_at:
+            raise InternalError("the peer is gone")
+        self._inner.read_into(pages, segments)
+
+    def __enter__(self) -> FaultyReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._inner.close()
+
+
+def test_steps_go_on_beside_a_slow_copy_and_a_failed_one_may_be_repeated(
+    make_site: MakeSite, hire: Hire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, workers = make_site("a", "b", blocks=80, separate=True), [hire(), hire()]
+    bring(workers, site.generation(["a", "b"]))
+    leave = threading.Event()
+    fails_at = [3]
+    monkeypatch.setattr(adoption, "open_pages", lambda source: FaultyReader(open_pages(source), fails_at[0], leave))
+    prompt = list(range(90))
+    with clients() as client:
+        assert client.start(workers[1], prompt, 8).finished() == "length"
+        bring(workers[:1], site.generation(["a"], "solo"), workers[1])
+        heir = workers[0].worker
+        errors: list[InternalError] = []
+
+        def adopt() -> None:
+            try:
+                heir.adopt_kv(site.source("b"), 80)
+            except InternalError as e:
+                errors.append(e)
+
+        copying = threading.Thread(target=adopt)
+        copying.start()
+        assert client.start(workers[0], [3, 1], 40).finished() == "length"
+        assert copying.is_alive()
+        leave.set()
+        copying.join(20)
+        assert [str(e) for e in errors] == ["the peer is gone"]
+        report = heir.report()
+        assert (report.kv_blocks, report.load.kv_blocks, report.load.kv_blocks_used) == (80, 80, 0)
+        fails_at[0] = 0
+        heir.adopt_kv(site.source("b"), 80)
+        again = client.start(workers[0], prompt, 2)
+        assert again.finished() == "length"
+        assert again.cached_tokens == len(prompt) - 1 - (len(prompt) - 1) % 4
+
+
+def test_a_ledger_that_is_missing_or_of_another_size_is_named(make_site: MakeSite, hire: Hire) -> None:
+    site, workers = make_site("a", "b", separate=True), [hire(), hire()]
+    bring(workers, site.generation(["a", "b"]))
+    bring(workers[:1], site.generation(["a"], "solo"), workers[1])
+    source = site.source("b")
+    bare = replace(source, pool=replace(source.pool, pages={}))
+    with pytest.raises(InternalError, match="its ledger is missing or too small"):
+        workers[0].worker.adopt_kv(bare, 40)
+    with pytest.raises(InternalError, match="serves no generation"):
+        hire().worker.adopt_kv(source, 40)
+    with pytest.raises(InternalError, match="serves no generation"):
+        hire().worker.resize_kv(10, ())
+    assert len(workers[0].worker.kv_pages()) == 40 * site.block_pages
