@@ -64,8 +64,9 @@ def _add_open_routes(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
         lanes = service.router.lanes
-        state = {"status": "ok" if service.router.ready else "no worker", "workers": len(lanes)}
+        state: dict[str, Any] = {"status": "ok" if service.router.ready else "no worker", "workers": len(lanes)}
         state["connected"] = sum(lane.connected for lane in lanes)
+        state["awaited"] = len(service.router.awaited)
         return JSONResponse(state, 200 if service.router.ready else 503)
 
     @app.get("/metrics")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...workers.protocol import EngineOutput, EngineRequest
-from .members import StreamLost
+from .members import StreamLost, WorkerLost
 
-MAX_FUTILE = 5  # workers lost one after the other without a single token: the request itself may be what kills them
+MAX_KILLS = 8  # workers lost in turn while they computed its prompt: the request itself may be what kills them
+MAX_LOSSES = 32  # workers lost in turn at all without a token; who computed what is a guess, so that this ends it
 
 
 class Continuation:
@@ -24,7 +25,8 @@ class Continuation:
         self._produced: list[int] = []
         self._cached: int | None = None
         self._attempts = 0
-        self._futile = 0
+        self._kills = 0
+        self._losses = 0
         self.interrupted_at_s: float | None = None
         self.finished = False
 
@@ -55,30 +57,38 @@ class Continuation:
         self._produced.extend(output.token_ids)
         if output.token_ids:
             self.interrupted_at_s = None
-            self._futile = 0
-        if self._cached is None and (output.token_ids or output.finish_reason):
+            self._kills = self._losses = 0
+        if output.finish_reason == "moved":
+            self.interrupted_at_s = None  # while it had a worker, nobody was missing
+        # Given up or handed over by its worker: for whoever reads, it goes on.
+        finish = None if output.finish_reason in ("abort", "moved") else output.finish_reason
+        if self._cached is None and (output.token_ids or finish):
             self._cached = min(output.cached_tokens, len(self._request.prompt))
-        moved_on = output.finish_reason == "abort"  # nobody asked for it: the worker gives its sequences up
-        finish = None if moved_on else output.finish_reason
         self.finished = finish is not None
         if not output.token_ids and finish is None:
             return None
-        return replace(output, id=self._request.id, finish_reason=finish, cached_tokens=self._cached or 0)
+        return replace(output, id=self._request.id, finish_reason=finish, moved_to="", cached_tokens=self._cached or 0)
 
-    def interrupted(self, reason: str, now_s: float) -> EngineOutput | None:
-        """The worker is gone. Returns the last output where all tokens had come but their end had not.
+    def lost(self, loss: WorkerLost, now_s: float) -> EngineOutput | None:
+        """As `interrupted`, because the worker is gone.
 
         Raises
         ------
         StreamLost
             Too many workers in turn were lost without any progress.
         """
+        self._losses += 1
+        self._kills += loss.computing
+        if self._kills >= MAX_KILLS or self._losses >= MAX_LOSSES:
+            raise StreamLost(f"{self._losses} workers in turn were lost without progress, the last one: {loss}")
+        self.interrupted_at_s = None  # while it had a worker, nobody was missing
+        return self.interrupted(now_s)
+
+    def interrupted(self, now_s: float) -> EngineOutput | None:
+        """It has to go on elsewhere. Returns the last output where all tokens had come but their end had not."""
         if len(self._produced) >= self._request.sampling.max_tokens:
             self.finished = True
             return EngineOutput(self._request.id, (), "length", (), self._cached or 0)
-        self._futile += 1
-        if self._futile >= MAX_FUTILE:
-            raise StreamLost(f"{self._futile} workers in turn were lost without progress, the last one: {reason}")
         if self.interrupted_at_s is None:
             self.interrupted_at_s = now_s
         return None

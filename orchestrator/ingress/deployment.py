@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,20 +15,23 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 
 from ...errors import InternalError
-from ..status import WorkerAddress
+from ..status import MemberList
 from .app import create_app
 from .following import follow
-from .members import Member, MemberSource, connect_worker
+from .members import Member, MemberSource, Roster, connect_worker
 from .router import Router
 from .settings import IngressSettings
 
 _log = logging.getLogger(__name__)
 NO_LIMIT = 100_000  # requests per replica; the ingress refuses what is too much itself, with 429
+HEALTH_S = 1.0  # how soon Serve notices that a replica's process has ended
 
 
 @dataclass(frozen=True)
 class ActorMembers:
-    """A `MemberSource`: asks a named actor for its ``members()``, a list of `WorkerAddress`, again and again.
+    """A `MemberSource`: asks a named actor for its `MemberList` again and again, by ``members(seen)``.
+
+    The actor answers once the list's version is not ``seen`` any more, or after some seconds.
 
     Parameters
     ----------
@@ -36,24 +39,33 @@ class ActorMembers:
         Whom to ask; it may be restarted meanwhile.
     token : str
         The secret that its workers ask for.
-    every_s : float
-        Pause between two questions.
+    timeout_s : float
+        An answer that takes longer does not come.
     """
 
     actor: str
     namespace: str
     token: str = field(repr=False)
-    every_s: float = 0.5
+    timeout_s: float = 30.0
 
-    async def __call__(self) -> AsyncIterator[Sequence[Member]]:
+    async def __call__(self) -> AsyncIterator[Roster]:
+        seen = -1
         try:
+            # Anew each time: a handle to an actor that was killed and made again stays dead.
             actor = await asyncio.to_thread(ray.get_actor, self.actor, self.namespace)
             while True:
-                addresses: Sequence[WorkerAddress] = await actor.members.remote()
-                yield [Member(a.worker, a.host, a.port, self.token) for a in addresses]
-                await asyncio.sleep(self.every_s)
+                async with asyncio.timeout(self.timeout_s):
+                    listed: MemberList = await actor.members.remote(seen)
+                yield self._roster(listed)  # known or not: versions may begin again when the actor does
+                seen = listed.version
         except (ValueError, ray.exceptions.RayError) as e:
             raise InternalError(f"actor {self.actor!r} does not tell its members: {e}") from e
+
+    def _roster(self, listed: MemberList) -> Roster:
+        members = (
+            Member(a.worker, a.host, a.port, self.token, draining=a.draining, device=a.device) for a in listed.workers
+        )
+        return Roster(tuple(members), listed.awaited)
 
 
 @dataclass(frozen=True)
@@ -134,6 +146,7 @@ def build_ingress(
         name="ingress",
         num_replicas=replicas,
         max_ongoing_requests=NO_LIMIT,
+        health_check_period_s=HEALTH_S,
         ray_actor_options={"num_cpus": 0},
         logging_config=LoggingConfig(enable_access_log=False),
     )

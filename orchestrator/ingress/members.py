@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,6 +25,9 @@ class Member:
         Tokens per second relative to the other members'; requests are shared out accordingly.
     draining : bool
         Gets no new request; those that run there go on.
+    device : str
+        Whose KV it has. A worker that replaces another one on a device finds there what that one computed. Left
+        empty, a device of its own, called like itself.
 
     Raises
     ------
@@ -38,10 +41,21 @@ class Member:
     token: str = field(default="", repr=False)
     speed: float = 1.0
     draining: bool = False
+    device: str = ""
 
     def __post_init__(self) -> None:
+        if not self.device:
+            object.__setattr__(self, "device", self.name)
         if not self.speed > 0:
             raise OperatorError(f"ingress: member {self.name}: speed: {self.speed!r}: expected more than 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """Who takes requests at one moment; ``awaited`` are devices whose worker is being replaced."""
+
+    members: tuple[Member, ...] = ()
+    awaited: frozenset[str] = frozenset()
 
 
 class WorkerClient(Protocol):
@@ -71,7 +85,7 @@ class WorkerClient(Protocol):
 
 
 Connect = Callable[[Member], Awaitable[WorkerClient]]
-MemberSource = Callable[[], AsyncIterator[Sequence[Member]]]
+MemberSource = Callable[[], AsyncIterator[Roster]]
 
 
 async def connect_worker(member: Member) -> WorkerClient:
@@ -91,3 +105,23 @@ class NoWorker(InternalError):
 
 class StreamLost(InternalError):
     """A running sequence lost its worker, and no other one took it over in time."""
+
+
+class WorkerLost(InternalError):
+    """A sequence's connection to its worker ended.
+
+    Parameters
+    ----------
+    reason : str
+    computing : bool
+        The worker was probably computing its prompt, so that the sequence itself may be what kills workers. False where
+        it had tokens already, or still waited for its turn.
+    """
+
+    def __init__(self, reason: str, computing: bool) -> None:
+        super().__init__(reason, computing)
+        self.reason = reason
+        self.computing = computing
+
+    def __str__(self) -> str:
+        return self.reason

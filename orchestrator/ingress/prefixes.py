@@ -1,4 +1,4 @@
-"""Which worker has probably cached which prompt prefix."""
+"""Which device has probably cached which prompt prefix."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ BLOCK = 64  # tokens
 
 
 class PrefixMemory:
-    """Remembers, for recently seen prefixes of whole blocks, the worker that computed them last.
+    """Remembers, for recently seen prefixes of whole blocks, the device whose worker computed them last.
 
-    A guess only: the worker may have evicted them. The oldest are forgotten.
+    A guess only: they may have been evicted. The oldest are forgotten.
 
     Parameters
     ----------
@@ -21,24 +21,37 @@ class PrefixMemory:
 
     def __init__(self, capacity: int = 65536) -> None:
         self._capacity = capacity
-        self._workers: OrderedDict[int, str] = OrderedDict()
+        self._devices: OrderedDict[int, str] = OrderedDict()
+        self._heirs: dict[str, str] = {}
 
-    def remember(self, tokens: Sequence[int], worker: str) -> None:
+    def remember(self, tokens: Sequence[int], device: str) -> None:
+        self._heirs.pop(device, None)
         for key in _chain(tokens):
-            self._workers[key] = worker
-            self._workers.move_to_end(key)
-        while len(self._workers) > self._capacity:
-            self._workers.popitem(last=False)
+            self._devices[key] = device
+            self._devices.move_to_end(key)
+        while len(self._devices) > self._capacity:
+            self._devices.popitem(last=False)
+
+    def inherit(self, device: str, heir: str) -> None:
+        """What ``device`` had, ``heir`` has from now on."""
+        self._heirs.pop(heir, None)  # hence no circles
+        if device != heir:
+            self._heirs[device] = heir
 
     def longest(self, tokens: Sequence[int]) -> dict[str, int]:
-        """For each worker that has a prefix of ``tokens``, the length in tokens of the longest one."""
+        """For each device that has a prefix of ``tokens``, the length in tokens of the longest one."""
         found: dict[str, int] = {}
         for i, key in enumerate(_chain(tokens)):
-            worker = self._workers.get(key)
-            if worker is None:
+            device = self._devices.get(key)
+            if device is None:
                 break
-            found[worker] = (i + 1) * BLOCK
+            found[self._now_at(device)] = (i + 1) * BLOCK
         return found
+
+    def _now_at(self, device: str) -> str:
+        while device in self._heirs:
+            device = self._heirs[device]
+        return device
 
 
 def _chain(tokens: Sequence[int]) -> Iterator[int]:

@@ -1,21 +1,38 @@
-"""Sends each sequence to the worker that would be done with it first, and on to another one when that is lost."""
+"""Sends each sequence to the worker that would be done with it first, and on to where its KV went when that changes."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence, Set
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, field
 
-from ...errors import OperatorError
 from ...workers.engine.errors import QueueFull
 from ...workers.protocol import EngineOutput, EngineRequest
 from .continuation import Continuation
-from .lane import LOST, Lane
-from .members import Connect, Member, NoWorker, StreamLost
+from .lane import Lane
+from .lanes import Lanes
+from .members import Connect, Member, NoWorker, StreamLost, WorkerLost
 from .prefixes import PrefixMemory
 
 PAUSE_S = 0.1  # before an interrupted sequence asks workers again that were full, or gave it up
+CONNECT_S = 2.0  # that a sequence waits for the connection to the one worker that has its KV
+
+
+@dataclass(slots=True)
+class _Way:
+    """One sequence on its way from worker to worker.
+
+    ``avoid``: names of members that would not have it. ``home``: the device that has its KV, as far as is known.
+    ``lost``: the lane that broke. ``moved``: its worker handed it over to ``home``.
+    """
+
+    state: Continuation
+    started_s: float
+    avoid: set[str] = field(default_factory=set)
+    home: str = ""
+    lost: Lane | None = None
+    moved: bool = False
 
 
 class Router:
@@ -30,46 +47,44 @@ class Router:
     """
 
     def __init__(self, connect: Connect, worker_wait_s: float = 5.0, recovery_timeout_s: float = 60.0) -> None:
-        self._connect = connect
         self._worker_wait_s = worker_wait_s
         self._recovery_timeout_s = recovery_timeout_s
-        self._lanes: dict[str, Lane] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._lanes = Lanes(connect, self._now_s)
         self._prefixes = PrefixMemory()
-        self._change = asyncio.Event()
 
     @property
     def lanes(self) -> Collection[Lane]:
-        return self._lanes.values()
+        return self._lanes.all
+
+    @property
+    def awaited(self) -> frozenset[str]:
+        """Devices whose worker is being replaced."""
+        return self._lanes.awaited
 
     @property
     def ready(self) -> bool:
-        """Some worker takes requests."""
-        return any(lane.ready for lane in self._lanes.values())
+        """Some worker takes requests, or will in a moment."""
+        return self._lanes.ready
 
-    def update(self, members: Sequence[Member]) -> None:
+    def update(self, members: Sequence[Member], awaited: Set[str] = frozenset()) -> None:
         """Make these the members, from now on; level-triggered, so that repeating it changes nothing.
 
         A member that is new, or has another address, is connected to in the background. Sequences on one that is
-        gone from the list go on elsewhere; to let them end where they are, keep it and mark it as draining.
+        gone from the list go on elsewhere, a moment later; to let them end where they are, keep it and mark it as
+        draining.
+
+        Parameters
+        ----------
+        members : sequence of Member
+        awaited : set of str
+            Devices whose worker is being replaced: their sequences wait for the new one, which has their KV.
 
         Raises
         ------
         OperatorError
             Two members share a name; nothing is changed.
         """
-        wanted = {member.name: member for member in members}
-        if len(wanted) != len(members):
-            raise OperatorError(f"ingress: members: names repeat: {sorted(m.name for m in members)}")
-        for name, lane in list(self._lanes.items()):
-            if name not in wanted or _address(lane.member) != _address(wanted[name]):
-                self._retire(self._lanes.pop(name))
-        for name, member in wanted.items():
-            if name in self._lanes:
-                self._lanes[name].member = member
-            else:
-                self._lanes[name] = Lane(member, self._connect, self._notify)
-        self._notify()
+        self._lanes.update(members, awaited)
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """Outputs of a sequence up to its end, whatever workers come and go meanwhile.
@@ -85,63 +100,110 @@ class Router:
         RequestRefused
             The engine does not take the request; `QueueFull` when none has room.
         """
-        state = Continuation(request)
-        avoid: set[str] = set()
-        started_s = self._now_s()
-        while not state.finished:
-            lane = await self._choose(state, avoid, started_s)
+        way = _Way(Continuation(request), self._now_s())
+        while not way.state.finished:
+            lane = await self._choose(way)
+            way.lost, way.moved = None, False
             try:
-                async with aclosing(self._attempt(lane, state)) as outputs:
+                async with aclosing(self._attempt(lane, way)) as outputs:
                     async for output in outputs:
                         yield output
             except QueueFull:
-                avoid.add(lane.member.name)
-            except LOST as e:
-                avoid.add(lane.member.name)
-                if last := state.interrupted(str(e), self._now_s()):
+                way.avoid.add(lane.member.name)
+            except WorkerLost as e:
+                way.home, way.lost = lane.member.device, lane
+                if last := way.state.lost(e, self._now_s()):
                     yield last
-        self._prefixes.remember(state.tokens, lane.member.name)
+        self._prefixes.remember(way.state.tokens, way.home)
 
     async def close(self) -> None:
         """Close every connection."""
-        self.update(())
-        await asyncio.gather(*self._closing)
+        await self._lanes.close()
 
-    async def _attempt(self, lane: Lane, state: Continuation) -> AsyncGenerator[EngineOutput, None]:
-        request = state.next_request()
-        self._prefixes.remember(request.prompt, lane.member.name)
+    async def _attempt(self, lane: Lane, way: _Way) -> AsyncGenerator[EngineOutput, None]:
+        request = way.state.next_request()
+        self._prefixes.remember(request.prompt, lane.member.device)
+        way.avoid.add(lane.member.name)  # unless it gets somewhere there
         async with aclosing(lane.submit(request)) as outputs:
             async for output in outputs:
-                if noted := state.note(output):
+                if output.token_ids:
+                    way.avoid.discard(lane.member.name)
+                if output.finish_reason == "moved":
+                    self._move(lane, way, output.moved_to)
+                if noted := way.state.note(output):
                     yield noted
-        if not state.finished:
-            raise EOFError(f"worker {lane.member.name} gave the sequence up")
+        if not way.moved:
+            way.home = lane.member.device
+        if not way.state.finished:  # the worker gave it up or handed it over
+            way.avoid.add(lane.member.name)
+            if last := way.state.interrupted(self._now_s()):
+                yield last
 
-    async def _choose(self, state: Continuation, avoid: set[str], started_s: float) -> Lane:
+    def _move(self, lane: Lane, way: _Way, heir: str) -> None:
+        if heir:
+            way.home, way.moved = heir, True
+            self._prefixes.inherit(lane.member.device, heir)
+
+    async def _choose(self, way: _Way) -> Lane:
         while True:
-            ready = [lane for lane in self._lanes.values() if lane.ready]
-            free = [lane for lane in ready if lane.member.name not in avoid]
-            if free:
-                return self._cheapest(free, state.tokens)
-            if ready and state.interrupted_at_s is None:
+            hold_s = self._hold_s(way)
+            if hold_s <= 0 and (lane := self._pick(way)):
+                return lane
+            full = hold_s <= 0 and self._someone_ready()
+            if full and way.state.interrupted_at_s is None:
                 raise QueueFull("every worker's queue is full")
-            avoid.clear()
-            await self._wait(self._time_left_s(state, started_s), at_most_s=PAUSE_S if ready else None)
+            if full:
+                way.avoid.clear()
+            left_s = hold_s if hold_s > 0 else self._time_left_s(way)
+            await self._lanes.changed(min(left_s, PAUSE_S) if full else left_s)
 
-    def _cheapest(self, lanes: Sequence[Lane], tokens: Sequence[int]) -> Lane:
+    def _someone_ready(self) -> bool:
+        return any(lane.ready for lane in self._lanes.all)
+
+    def _pick(self, way: _Way) -> Lane | None:
+        heir = self._lanes.at(way.home) if way.moved else None
+        if heir is not None and heir.ready and heir.member.name not in way.avoid:
+            return heir
+        open_ = self._lanes.open_to(way.avoid)
+        return self._cheapest(open_, way) if open_ else None
+
+    def _cheapest(self, lanes: Sequence[Lane], way: _Way) -> Lane:
         """The worker that would be done first: work before this request, and the part of its prompt not cached."""
+        tokens = way.state.tokens
         cached = self._prefixes.longest(tokens)
+        if way.state.interrupted_at_s is not None:
+            cached[way.home] = len(tokens)  # not only whole blocks: everything was computed there
 
         def cost(lane: Lane) -> tuple[float, int]:
-            todo = lane.outstanding + len(tokens) - cached.get(lane.member.name, 0)
+            todo = lane.outstanding + len(tokens) - cached.get(lane.member.device, 0)
             return todo / lane.member.speed, lane.sequences
 
         return min(lanes, key=cost)
 
-    def _time_left_s(self, state: Continuation, started_s: float) -> float:
-        lost_s = state.interrupted_at_s
+    def _hold_s(self, way: _Way) -> float:
+        """How long an interrupted sequence should wait for a worker on the device that has its KV; 0: no longer."""
+        since_s = way.state.interrupted_at_s
+        if since_s is None or not (way.lost or way.moved):
+            return 0.0
+        recovery_s = since_s + self._recovery_timeout_s - self._now_s()
+        heir = self._lanes.at(way.home)
+        if heir is not None and heir.ready and heir.member.name not in way.avoid:
+            return 0.0
+        # Until its member is taken from the list, nobody has decided yet what becomes of the device.
+        undecided = way.lost is not None and self._lanes.is_listed(way.lost) and not way.lost.connected
+        if undecided or way.home in self._lanes.awaited:
+            return max(0.0, recovery_s)
+        if heir is None or heir.connected:
+            return 0.0
+        return max(0.0, min(recovery_s, max(since_s, heir.born_s) + CONNECT_S - self._now_s()))
+
+    def _time_left_s(self, way: _Way) -> float:
+        lost_s = way.state.interrupted_at_s
         if lost_s is None:
-            left_s = started_s + self._worker_wait_s - self._now_s()
+            patience_s = self._worker_wait_s
+            if self._lanes.awaited:  # somebody is coming
+                patience_s = max(patience_s, self._recovery_timeout_s)
+            left_s = way.started_s + patience_s - self._now_s()
             if left_s <= 0:
                 raise NoWorker(f"no worker available for {self._worker_wait_s:g} s")
             return left_s
@@ -150,27 +212,6 @@ class Router:
             raise StreamLost(f"no worker took the sequence over within {self._recovery_timeout_s:g} s")
         return left_s
 
-    async def _wait(self, left_s: float, at_most_s: float | None) -> None:
-        timeout_s = left_s if at_most_s is None else min(left_s, at_most_s)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._change.wait()
-        except TimeoutError:
-            return  # the caller looks at the clock again
-
-    def _notify(self) -> None:
-        self._change.set()
-        self._change = asyncio.Event()
-
-    def _retire(self, lane: Lane) -> None:
-        task = asyncio.create_task(lane.close())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
-
     @staticmethod
     def _now_s() -> float:
         return asyncio.get_running_loop().time()
-
-
-def _address(member: Member) -> Member:
-    return replace(member, speed=1.0, draining=False)

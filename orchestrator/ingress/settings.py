@@ -26,9 +26,11 @@ class IngressSettings:
     max_body_bytes : int
         Largest request body.
     worker_wait_s : float
-        How long a new request waits while no worker is connected, before it gets 503.
+        How long a new request waits while no worker is connected, before it gets 503 (while the worker of some device
+        is being replaced, as long as ``recovery_timeout_s``).
     recovery_timeout_s : float
-        How long a stream whose worker was lost may stay silent before it ends with an error.
+        How long a sequence whose worker was lost waits for that one's device, and for any worker at all before it
+        ends with an error.
     retry_after_s : int
         What 429 and 503 answers ask clients to wait.
 

@@ -230,7 +230,7 @@ def test_health_and_metrics(serve: Serve) -> None:
     front = serve(ToyWorker(cached_tokens=2))
     front.until(lambda: front.router.ready)
     client_of(front).completions.create(model="toy", prompt=[9, 9], max_tokens=4)
-    assert httpx.get(f"{front.url}/health").json() == {"status": "ok", "workers": 1, "connected": 1}
+    assert httpx.get(f"{front.url}/health").json() == {"status": "ok", "workers": 1, "connected": 1, "awaited": 0}
     lines = httpx.get(f"{front.url}/metrics").text.splitlines()
     assert 'concertina_requests_total{endpoint="/v1/completions",status="200"} 1.0' in lines
     for line in (

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from concertina.orchestrator.ingress.settings import IngressSettings
-from concertina.orchestrator.status import WorkerAddress
-from openai import BadRequestError, OpenAI
+from concertina.orchestrator.status import MemberList, WorkerAddress
+from openai import APIError, BadRequestError, OpenAI
 
 from .toy import ToyEngine
 
@@ -38,7 +42,7 @@ def engines() -> Iterator[list[ToyEngine]]:
 @pytest.fixture
 def port(checkpoint: Path, engines: list[ToyEngine]) -> Iterator[int]:
     import ray  # here, because it costs seconds
-    from concertina.orchestrator.ingress.deployment import ActorMembers, build_ingress
+    from concertina.orchestrator.ingress.deployment import ActorMembers, Lifeline, build_ingress
     from ray import serve
 
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -49,15 +53,27 @@ def port(checkpoint: Path, engines: list[ToyEngine]) -> Iterator[int]:
         class Controller:
             def __init__(self, addresses: list[WorkerAddress]) -> None:
                 self.addresses = addresses
+                self.version = 0
 
-            def members(self) -> list[WorkerAddress]:
-                return self.addresses
+            def drop(self, port: int) -> None:
+                self.addresses = [a for a in self.addresses if a.port != port]
+                self.version += 1
+
+            async def members(self, seen: int) -> MemberList:
+                for _ in range(200):
+                    if self.version != seen:
+                        break
+                    await asyncio.sleep(0.005)
+                return MemberList(self.version, tuple(self.addresses))
 
         addresses = [WorkerAddress(f"w{i}", "127.0.0.1", e.frontend.port) for i, e in enumerate(engines)]
-        controller = ray.remote(Controller).options(name="controller", num_cpus=0).remote(addresses)
+        options = {"name": "controller", "num_cpus": 0, "max_restarts": -1}
+        controller = ray.remote(Controller).options(**options).remote(addresses)
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         settings = IngressSettings(("toy",), str(checkpoint), 100_000, worker_wait_s=20)
-        serve.run(build_ingress(settings, ActorMembers("controller", "test", "secret")), name="toy", route_prefix="/")
+        source = ActorMembers("controller", "test", "secret")
+        lifeline = Lifeline("controller", "test", "toy", True, every_s=0.05)
+        serve.run(build_ingress(settings, source, lifeline=lifeline), name="toy", route_prefix="/")
         yield port
         ray.kill(controller)
     finally:
@@ -66,7 +82,7 @@ def port(checkpoint: Path, engines: list[ToyEngine]) -> Iterator[int]:
 
 
 def test_serve(port: int, engines: list[ToyEngine]) -> None:
-    """Answers, errors, a client that leaves and a worker that is lost, through Serve's proxy."""
+    """Answers, errors, a client that leaves and whatever can be lost, through Serve's proxy."""
     client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0, timeout=60)
     whole = client.completions.create(**BODY)
     parts = list(client.completions.create(**BODY, stream=True))
@@ -76,11 +92,69 @@ def test_serve(port: int, engines: list[ToyEngine]) -> None:
         client.completions.create(model="toy", prompt="")
     check_disconnect(port, engines, stream=True)
     check_disconnect(port, engines, stream=False)
+    check_replica_killed(client, engines, whole.choices[0].text)
+    check_controller_restarts(client, whole.choices[0].text)
+    check_worker_lost(client, engines, whole.choices[0].text)
+
+
+def check_worker_lost(client: OpenAI, engines: list[ToyEngine], expected: str) -> None:
+    import ray
 
     stream = client.completions.create(**BODY, stream=True)
     text = next(stream).choices[0].text
-    next(e for e in engines if e.load.running).frontend.close()
-    assert text + "".join(p.choices[0].text for p in stream) == whole.choices[0].text
+    lost = next(e for e in engines if e.load.running)
+    lost.frontend.close()
+    ray.get(ray.get_actor("controller", "test").drop.remote(lost.frontend.port))
+    assert text + "".join(p.choices[0].text for p in stream) == expected
+
+
+def check_replica_killed(client: OpenAI, engines: list[ToyEngine], expected: str) -> None:
+    """Workers drop its sequences at once, and a retry is served by its successor."""
+    stream = client.completions.create(**{**BODY, "max_tokens": 90_000}, stream=True)
+    next(stream)
+    kill("SERVE_REPLICA::toy")
+    until(lambda: sum(e.load.running for e in engines) == 0)
+    with pytest.raises((APIError, httpx.HTTPError)):
+        list(stream)
+    assert answered(client) == expected
+
+
+def check_controller_restarts(client: OpenAI, expected: str) -> None:
+    """It serves on meanwhile, and is not taken for gone, although it may be away for long."""
+    import ray
+
+    for _ in range(2):
+        killed = kill("controller")
+        while pid_of("controller") in (0, killed):
+            ray.get_actor("controller", "test")  # Ray knows it all the time
+            assert answered(client) == expected
+    assert answered(client) == expected
+
+
+def answered(client: OpenAI) -> str:
+    end_s = time.monotonic() + 60
+    while True:
+        try:
+            return client.completions.create(**BODY).choices[0].text
+        except APIError:
+            assert time.monotonic() < end_s
+            time.sleep(0.05)
+
+
+def kill(name: str) -> int:
+    until(lambda: pid_of(name) > 0)
+    pid = pid_of(name)
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def pid_of(name: str) -> int:
+    """Process of the one living actor whose name begins like this; 0 while there is none."""
+    from ray._private.state import actors
+
+    table: dict[str, dict[str, Any]] = actors()
+    alive = [a for a in table.values() if a["State"] == "ALIVE" and a["Name"].startswith(name)]
+    return int(alive[0]["Pid"]) if alive else 0
 
 
 def check_disconnect(port: int, engines: list[ToyEngine], stream: bool) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import pytest
 from concertina.errors import InternalError, OperatorError
 from concertina.orchestrator.ingress.following import follow
-from concertina.orchestrator.ingress.members import Member, NoWorker, StreamLost
+from concertina.orchestrator.ingress.members import Member, NoWorker, Roster, StreamLost
 from concertina.orchestrator.ingress.prefixes import BLOCK, PrefixMemory
 from concertina.orchestrator.ingress.router import Router
 from concertina.workers.engine.errors import NeverFits, QueueFull
-from concertina.workers.protocol import EngineOutput, EngineRequest, SamplingParams
+from concertina.workers.protocol import EngineLoad, EngineOutput, EngineRequest, SamplingParams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,6 +37,24 @@ async def routed(workers: Sequence[ToyWorker], wait_s: float = 0.2, recovery_s: 
     router.update([w.member for w in workers])
     await until(lambda: all(lane.connected for lane in router.lanes))
     return router
+
+
+@asynccontextmanager
+async def buried(router: Router, workers: Sequence[ToyWorker]) -> AsyncIterator[None]:
+    """Somebody takes the dead off the list meanwhile."""
+
+    async def bury() -> None:
+        while True:
+            router.update([lane.member for lane in router.lanes if not worker_of(workers, lane.member.name).down])
+            await asyncio.sleep(0.001)
+
+    task = asyncio.create_task(bury())
+    yield
+    task.cancel()
+
+
+def worker_of(workers: Sequence[ToyWorker], name: str) -> ToyWorker:
+    return next(w for w in workers if w.name == name)
 
 
 async def until(condition: Any) -> None:
@@ -97,7 +117,8 @@ def test_lost_workers_change_nothing(deaths: list[int], batch: int, politely: bo
         router = await routed([*mortal, last])
         router.update([*(w.member for w in mortal), Member("last", "toy", 1, speed=1e-6)])
         request = ask(logprobs=logprobs, min_tokens=4)
-        outputs = await collect(router, request)
+        async with buried(router, [*mortal, last]):
+            outputs = await collect(router, request)
         assert tokens_of(outputs) == reference(request)
         assert all(output.id == request.id for output in outputs)
         assert [o.finish_reason for o in outputs if o.finish_reason] == ["length"]
@@ -128,11 +149,50 @@ def test_gives_up_in_time() -> None:
 
 def test_a_request_that_kills_workers_is_given_up() -> None:
     async def main() -> None:
-        workers = [ToyWorker(f"w{i}", die_after=0) for i in range(8)]
+        workers = [ToyWorker(f"w{i}", die_after=0, load=EngineLoad()) for i in range(10)]
         router = await routed(workers)
-        with pytest.raises(StreamLost, match="5 workers in turn"):
-            await collect(router, ask())
-        assert sum(w.down for w in workers) == 5
+        async with buried(router, workers):
+            with pytest.raises(StreamLost, match="8 workers in turn"):
+                await collect(router, ask())
+        assert sum(w.down for w in workers) == 8
+        await router.close()
+
+    run(main())
+
+
+def test_one_that_only_waits_its_turn_is_not_blamed() -> None:
+    """Its workers die in turn, more often than a request may kill, while others are computed."""
+
+    async def main() -> None:
+        workers = [ToyWorker(f"w{i}", load=EngineLoad(waiting=1)) for i in range(20)]
+        for worker in workers[:-1]:
+            worker.gate.clear()
+        router = Router(connect_to(workers), 5, 5)
+        router.update([workers[0].member])
+        waiting = asyncio.create_task(collect(router, ask()))
+        for before, after in pairwise(workers):
+            await until(lambda w=before: w.requests)
+            before.kill()
+            router.update([after.member])
+        assert tokens_of(await waiting) == reference(ask())
+        await router.close()
+
+    run(main())
+
+
+def test_a_crash_loop_ends_even_for_those_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("concertina.orchestrator.ingress.router.PAUSE_S", 0.001)
+
+    async def main() -> None:
+        worker = ToyWorker(load=EngineLoad(waiting=1))
+        worker.gate.clear()
+        router = await routed([worker])
+        waiting = asyncio.create_task(collect(router, ask()))
+        for i in range(32):
+            await until(lambda i=i: len(worker.requests) > i)
+            worker.cut()
+        with pytest.raises(StreamLost, match="32 workers in turn"):
+            await waiting
         await router.close()
 
     run(main())
@@ -172,6 +232,7 @@ def test_reconnects() -> None:
 
 def test_notices_an_idle_connection_that_broke(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("concertina.orchestrator.ingress.lane.CHECK_S", 0.01)
+    monkeypatch.setattr("concertina.orchestrator.ingress.lanes.GRACE_S", 0.0)
 
     async def main() -> None:
         worker = ToyWorker()
@@ -235,13 +296,15 @@ def test_same_prefix_goes_to_the_same_worker() -> None:
     run(main())
 
 
-def test_draining_and_leaving() -> None:
-    """Draining lets sequences end where they are; leaving moves them at once."""
+def test_draining_and_leaving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draining lets sequences end where they are; leaving moves those that cannot end in a moment."""
+    monkeypatch.setattr("concertina.orchestrator.ingress.lanes.LINGER_S", 0.01)
 
     async def main() -> None:
-        old, new = ToyWorker("old"), ToyWorker("new")
-        router = await routed([old])
-        router._connect = connect_to([old, new])
+        workers = [ToyWorker("old")]
+        router = await routed(workers)
+        (old,), new = workers, ToyWorker("new")
+        workers.append(new)
         stream = router.stream(ask(max_tokens=30))
         got = [await anext(stream)]
         router.update([Member("old", "toy", 1, draining=True), new.member])
@@ -249,6 +312,7 @@ def test_draining_and_leaving() -> None:
         await collect(router, ask("second"))
         got.append(await anext(stream))
         assert [len(old.requests), len(new.requests)] == [1, 1]
+        old.gate.clear()
         router.update([new.member])
         got += [output async for output in stream]
         assert tokens_of(got) == reference(ask(max_tokens=30))
@@ -265,18 +329,20 @@ def test_follows_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         workers, asked = [ToyWorker("w0"), ToyWorker("w1")], 0
 
-        async def source() -> AsyncIterator[Sequence[Member]]:
+        async def source() -> AsyncIterator[Roster]:
             nonlocal asked
             asked += 1
             if asked == 2:
                 raise InternalError("restarting")
-            yield [w.member for w in workers[:asked]]
+            yield Roster()  # a source that knows nobody yet
+            yield Roster(tuple(w.member for w in workers[:asked]), frozenset({"x"}))
 
         router = Router(connect_to(workers))
         task = asyncio.create_task(follow(router, source))
         await until(lambda: asked >= 2)
         assert [lane.member.name for lane in router.lanes] == ["w0"]
         await until(lambda: len(router.lanes) == 2)
+        assert router.awaited == {"x"}
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await router.close()
@@ -324,12 +390,25 @@ def test_an_interrupted_sequence_waits_for_room() -> None:
         dying, full = ToyWorker("dying", die_after=3), ToyWorker("full", refuse=QueueFull("full"))
         router = await routed([dying, full], recovery_s=10)
         task = asyncio.create_task(collect(router, ask()))
-        await until(lambda: dying.down and full.requests)
+        await until(lambda: dying.down)
+        router.update([full.member])
+        await until(lambda: full.requests)
         full.refuse = None
         assert tokens_of(await task) == reference(ask())
         await router.close()
 
     run(main())
+
+
+def test_prefix_memory_of_a_device_that_left() -> None:
+    memory = PrefixMemory()
+    memory.remember([1] * BLOCK, "a")
+    memory.inherit("a", "b")
+    assert memory.longest([1] * BLOCK) == {"b": BLOCK}
+    memory.remember([2] * BLOCK, "b")
+    memory.inherit("b", "c")
+    memory.inherit("c", "a")
+    assert memory.longest([2] * BLOCK) == memory.longest([1] * BLOCK) == {"a": BLOCK}
 
 
 @given(st.lists(st.integers(0, 3), max_size=4 * BLOCK), st.lists(st.integers(0, 3), max_size=4 * BLOCK))

@@ -19,7 +19,8 @@ from concertina.orchestrator.ingress.members import Member, connect_worker
 from concertina.orchestrator.ingress.router import Router
 from concertina.orchestrator.ingress.settings import IngressSettings
 from concertina.orchestrator.ingress.tokenizer import Tokenizer
-from openai import OpenAI
+from openai import OpenAI, Stream
+from openai.types import Completion
 
 from .toy import Front, ToyEngine, ToyWorker, connect_to
 
@@ -125,6 +126,8 @@ def test_a_lost_worker_is_only_a_pause(serve: Serve) -> None:
     workers = [ToyWorker("w0", die_after=7), ToyWorker("w1", die_after=9), ToyWorker("w2")]
     front = serve(*workers)
     front.until(lambda: all(lane.connected for lane in front.router.lanes))
+    for worker in workers[:2]:
+        worker.on_death = lambda: front.router.update([w.member for w in workers if not w.down])
     parts = list(client_of(front).completions.create(**{**BODY, "n": 2}))  # type: ignore[call-overload]
     for index in (0, 1):
         text = "".join(p.choices[0].text for p in parts if p.choices[0].index == index)
@@ -150,10 +153,9 @@ def real_sockets(checkpoint: Path, engines: list[ToyEngine]) -> Iterator[Front]:
     """A server whose workers are reached over TCP."""
     settings = IngressSettings(("toy",), str(checkpoint), 5000)
     front = Front(settings, [], connect_worker)
-    members = [Member(f"w{i}", "127.0.0.1", e.frontend.port, "secret") for i, e in enumerate(engines)]
     try:
         with front:
-            front.run(front.router.update, members)
+            front.run(front.router.update, members_of(engines))
             front.until(lambda: all(lane.connected for lane in front.router.lanes))
             yield front
     finally:
@@ -161,17 +163,23 @@ def real_sockets(checkpoint: Path, engines: list[ToyEngine]) -> Iterator[Front]:
             engine.close()
 
 
+def members_of(engines: list[ToyEngine]) -> list[Member]:
+    return [Member(f"w{i}", "127.0.0.1", e.frontend.port, "secret", device=f"d{i}") for i, e in enumerate(engines)]
+
+
 def test_over_real_sockets(checkpoint: Path) -> None:
-    """Answers, a worker lost in mid-stream, and a client that leaves, through the workers' own protocol."""
+    """Answers, a hand-over, a worker lost in mid-stream and a client that leaves, through the workers' own protocol."""
     engines = [ToyEngine(), ToyEngine()]
     with real_sockets(checkpoint, engines) as front:
         client = client_of(front)
         body = {**BODY, "max_tokens": 200}
         calm = "".join(p.choices[0].text for p in client.completions.create(**body))  # type: ignore[call-overload]
+        check_hand_over(client.completions.create(**body), engines, calm)  # type: ignore[call-overload]
         stream = client.completions.create(**body)  # type: ignore[call-overload]
         text = next(stream).choices[0].text
         busy = next(e for e in engines if e.load.running)
         busy.frontend.close()
+        front.run(front.router.update, [m for m in members_of(engines) if m.port != busy.frontend.port])
         text += "".join(p.choices[0].text for p in stream)
         assert text == calm
         other = next(e for e in engines if e is not busy)
@@ -181,3 +189,14 @@ def test_over_real_sockets(checkpoint: Path) -> None:
         front.until(lambda: other.load.running == 2)
         sock.close()
         front.until(lambda: len(other.aborted) == before + 2 and other.load.running == 0)
+
+
+def check_hand_over(stream: Stream[Completion], engines: list[ToyEngine], expected: str) -> None:
+    parts = [next(stream)]
+    leaver = next(e for e in engines if e.load.running)
+    heir = next(e for e in engines if e is not leaver)
+    leaver.hand_over(f"d{engines.index(heir)}")
+    parts += stream
+    assert "".join(p.choices[0].text for p in parts) == expected
+    assert {p.choices[0].finish_reason for p in parts} == {None, "length"}
+    assert len(heir.requests[-1].prompt) > 1

@@ -40,7 +40,7 @@ class ToyWorker:
     """An engine without a model. Fields may be changed while it runs.
 
     ``gate``: outputs wait for it. ``die_after``: connections break after so many outputs in all. ``batch``: tokens per
-    output.
+    output. ``moved_to``: it hands its sequences over to that device. ``on_death``: called when ``die_after`` is over.
     """
 
     name: str = "w0"
@@ -53,6 +53,12 @@ class ToyWorker:
     give_up_after: int | None = None
     cached_tokens: int = 0
     down: bool = False
+    moved_to: str | None = None
+    on_death: Callable[[], None] = lambda: None
+    device: str = ""
+    load: EngineLoad = field(default_factory=lambda: EngineLoad(2, 3, 4, 5))
+    clients: list[ToyClient] = field(default_factory=list)
+    stirred: asyncio.Event = field(default_factory=asyncio.Event)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     requests: list[EngineRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
@@ -63,7 +69,22 @@ class ToyWorker:
 
     @property
     def member(self) -> Member:
-        return Member(self.name, "toy", 1)
+        return Member(self.name, "toy", 1, device=self.device)
+
+    def kill(self) -> None:
+        """Break all connections at once, even those that the gate holds."""
+        self.down = True
+        self.stirred.set()
+
+    def hand_over(self, device: str) -> None:
+        """End all sequences, those that the gate holds too and those to come, as moved to ``device``."""
+        self.moved_to = device
+        self.stirred.set()
+
+    def cut(self) -> None:
+        """Break all connections; new ones can be made."""
+        for client in self.clients:
+            client.closed.set()
 
 
 class ToyClient:
@@ -72,6 +93,7 @@ class ToyClient:
     def __init__(self, worker: ToyWorker) -> None:
         self.worker = worker
         self.closed = asyncio.Event()
+        worker.clients.append(self)
 
     @property
     def connected(self) -> bool:
@@ -79,7 +101,7 @@ class ToyClient:
 
     @property
     def load(self) -> EngineLoad:
-        return EngineLoad(waiting=2, running=3, kv_blocks_used=4, kv_blocks=5)
+        return self.worker.load
 
     async def submit(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         worker, done = self.worker, False
@@ -102,6 +124,9 @@ class ToyClient:
         tokens, finish = list(request.prompt), None
         while finish is None:
             await self._step()
+            if worker.moved_to is not None:
+                yield EngineOutput(request.id, (), "moved", moved_to=worker.moved_to)
+                return
             if worker.error is not None:
                 yield EngineOutput(request.id, (), "error", error=worker.error)
                 return
@@ -124,7 +149,8 @@ class ToyClient:
     async def _step(self) -> None:
         worker = self.worker
         await asyncio.sleep(worker.step_s)
-        waits = [asyncio.create_task(worker.gate.wait()), asyncio.create_task(self.closed.wait())]
+        events = (worker.gate, worker.stirred, self.closed)
+        waits = [asyncio.create_task(event.wait()) for event in events]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -133,6 +159,7 @@ class ToyClient:
         worker.outputs += 1
         if worker.die_after is not None and worker.outputs > worker.die_after:
             worker.down = True
+            worker.on_death()
         if worker.down or self.closed.is_set():
             raise PeerLost(-1, "connection closed")
 
@@ -212,6 +239,7 @@ class ToyEngine:
     def __init__(self) -> None:
         self.requests: list[EngineRequest] = []
         self.aborted: set[str] = set()
+        self._moved_to = ""
         self._inbox: queue.Queue[EngineRequest | None] = queue.Queue()
         self._running: dict[str, tuple[EngineRequest, list[int]]] = {}
         self.frontend = Frontend(self, "127.0.0.1", 0, "secret")
@@ -229,6 +257,10 @@ class ToyEngine:
     def abort(self, request_id: str) -> None:
         self.aborted.add(request_id)
 
+    def hand_over(self, device: str) -> None:
+        """End what runs as moved to ``device``."""
+        self._moved_to = device
+
     def close(self) -> None:
         self._inbox.put(None)
         self._thread.join(20)
@@ -238,6 +270,10 @@ class ToyEngine:
         while self._take():
             outputs = [self._step(name, *state) for name, state in list(self._running.items())]
             self.frontend.emit(outputs)
+            if moved_to := self._moved_to:
+                self._moved_to = ""
+                self.frontend.emit([EngineOutput(name, (), "moved", moved_to=moved_to) for name in self._running])
+                self._running.clear()
             threading.Event().wait(0.002)
 
     def _take(self) -> bool:
