@@ -58,10 +58,16 @@ class Balancer:
         self.window = self.window.updated(pairs, steps, self._now())
 
     @property
+    def loads(self) -> Loads | None:
+        """Measured loads per step, once there are enough of them."""
+        enough = self.window.pairs_LE.sum() >= _LEAST_PAIRS_PER_EXPERT * self.window.pairs_LE.size
+        return Loads(self.window.per_step_LE) if enough else None
+
+    @property
     def due(self) -> bool:
         """Whether it is time to plan, and enough has been seen."""
         late = self._every_s > 0 and self._now() - self._planned_s >= self._every_s
-        return late and self.window.pairs_LE.sum() >= _LEAST_PAIRS_PER_EXPERT * self.window.pairs_LE.size
+        return late and self.loads is not None
 
     def plan(self, layout: Layout) -> Layout | None:
         """A layout that serves the measured loads better, or None. Takes up to seconds: call it in a thread."""

@@ -5,15 +5,20 @@ from __future__ import annotations
 import re
 import secrets
 from dataclasses import dataclass, field
-from typing import Literal
+from math import inf
+from typing import Literal, get_args
 
 from ..errors import OperatorError
 
 NAMESPACE = "concertina"
 Exchange = Literal["auto", "shared", "gloo"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+MemoryMode = Literal["shared", "separate"]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?", re.IGNORECASE)
+_SECONDS = {"ms": 1e-3, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+_TOKEN = re.compile(r"[!-~]{16,}")  # printable, no space: it travels in options, files and headers
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -29,6 +34,33 @@ def parse_bytes(text: str) -> int:
     if match is None:
         raise OperatorError(f"{text!r} is not a size; expected for instance 512MiB or 4GB")
     return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds of a duration such as ``60s``, ``500ms``, ``2m``, ``1h`` or ``1.5``.
+
+    Raises
+    ------
+    OperatorError
+        The text is no duration.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise OperatorError(f"{text!r} is not a duration; expected for instance 60s, 500ms or 2m")
+    return float(match[1]) * _SECONDS[(match[2] or "").lower()]
+
+
+def check_token(token: str) -> str:
+    """The token, if it can be one.
+
+    Raises
+    ------
+    OperatorError
+        It is too short to be a secret, or has spaces or characters that are not ASCII. It is not shown.
+    """
+    if not _TOKEN.fullmatch(token):
+        raise OperatorError("token: expected at least 16 printable ASCII characters without spaces")
+    return token
 
 
 @dataclass(frozen=True)
@@ -74,8 +106,14 @@ class DeploymentConfig:
         Measured loads: read at the start if it is there, kept up to date.
     exchange_timeout_s : float
         A peer that does not answer for so long counts as hung.
+    memory_mode : {"shared", "separate"}
+        Whether the devices of a node share its memory, or have one of their own each.
+    standbys : int
+        Idle workers kept on every node that serves: one takes a dead worker's place, or a new device, at once.
+    hang_timeout_s : float
+        A worker that does not answer the controller for so long is killed.
     token : str
-        The deployment's secret between its own processes.
+        The deployment's secret between its own processes; whoever has it may scale and drain.
     """
 
     checkpoint: str
@@ -89,6 +127,9 @@ class DeploymentConfig:
     rebalance_s: float = 60.0
     loads_file: str | None = None
     exchange_timeout_s: float = 60.0
+    memory_mode: MemoryMode = "shared"
+    standbys: int = 1
+    hang_timeout_s: float = 20.0
     engine: EngineOptions = EngineOptions()
     endpoint: EndpointOptions = EndpointOptions()
     token: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
@@ -108,8 +149,20 @@ class DeploymentConfig:
                 raise OperatorError(f"{name.replace('_', '-')}: {value} is too small; expected at least 1")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise OperatorError(f"name: {self.name!r}; expected letters, digits, dots, dashes and underscores")
-        for name, number in {"spare-slots": self.spare_slots, "rebalance-interval": self.rebalance_s}.items():
-            if number < 0:
+        self._check_limits()
+        if self.memory_mode not in get_args(MemoryMode):
+            raise OperatorError(f"memory: {self.memory_mode!r}; expected one of {', '.join(get_args(MemoryMode))}")
+        check_token(self.token)
+
+    def _check_limits(self) -> None:
+        at_least_0 = {
+            "spare-slots": self.spare_slots,
+            "rebalance-interval": self.rebalance_s,
+            "standbys": self.standbys,
+        }
+        for name, number in at_least_0.items():
+            if not number >= 0:  # NaN is neither
                 raise OperatorError(f"{name}: {number}; expected 0 or more")
-        if self.exchange_timeout_s <= 0:
-            raise OperatorError(f"exchange-timeout: {self.exchange_timeout_s}; expected more than 0 seconds")
+        for name, seconds in {"exchange-timeout": self.exchange_timeout_s, "hang-timeout": self.hang_timeout_s}.items():
+            if not 0 < seconds < inf:
+                raise OperatorError(f"{name}: {seconds}; expected a number of seconds above 0")

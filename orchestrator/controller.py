@@ -1,129 +1,136 @@
 """The controller's shell: looks at the cluster, asks the core what to do, and does it. Knows no Ray.
 
-One loop: snapshot, `core.step.step`, start the effects it asks for. An effect that ends wakes the loop; so does a tick,
-because a wake-up may be lost and a worker may die silently.
+One loop: snapshot, `core.step.step`, make the state durable, start the effects it asks for. An effect that ends wakes
+the loop, and so does a worker or owner that dies or says something new; a tick does too, because a wake-up may be lost.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import os
-from collections.abc import Awaitable, Mapping
+import pickle
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from math import inf
 
-from ..errors import ConcertinaError, InternalError
-from ..workers.engine.scheduler import SchedulerConfig
-from ..workers.generation import Assignment, ExchangeSpec, Generation, PoolExtents
+from ..errors import ConcertinaError, InternalError, OperatorError
 from ..workers.model_files import ModelFiles
-from ..workers.owner import OwnerConfig
-from ..workers.pages.holds import PagesHeld
-from ..workers.roles import WorkerConfig, WorkerReport
 from .balancer import Balancer
+from .cluster import Cluster
 from .config import DeploymentConfig
-from .core.facts import (
-    Commit,
-    Effect,
-    Fill,
-    Free,
-    OpenStore,
-    PoolFact,
-    Prepare,
-    Snapshot,
-    StartOwner,
-    StartWorker,
-    StopWorker,
-    WorkerFact,
-)
-from .core.layout import node_pool
-from .core.state import Record, State
+from .core.facts import Effect, Fault
+from .core.layout import Layout
+from .core.operations import cancel, request
+from .core.state import Operation, OperationKind, Stage, State
 from .core.step import step
-from .hands import Hands, NodeInfo, OwnerHandle, WorkerHandle
+from .deeds import Deeds, fault_is_lasting
+from .hands import Hands
 from .placing import Site
 from .planfiles import model_spec
-from .planning import MAILBOX_BYTES, max_model_len, plan_layout
-from .report import worker_statuses
-from .status import DeploymentStatus, PoolStatus, Progress, WorkerAddress
+from .planning import Context, plan_layout
+from .preview import Preview, preview
+from .report import member_list, operation_status, operation_statuses, pool_statuses, worker_statuses
+from .resize import drained, named_devices, rebalanced, resized, route
+from .status import DeploymentStatus, MemberList, OperationStatus, Progress
 
 _log = logging.getLogger(__name__)
 _TICK_S = 1.0
-_WEIGHTS = ("experts", "trunk")
-
-
-@dataclass(frozen=True, slots=True)
-class _Pool:
-    """A memory owner of ours, and the extents it had when it was last asked."""
-
-    node: str
-    config: OwnerConfig
-    handle: OwnerHandle
-    address: str
-    pages: Mapping[str, tuple[int, ...]]
+_STOP_S = 2.0
+_BACK_OFF_S = 0.3  # before an effect that failed is tried again
 
 
 @dataclass(slots=True)
-class _Worker:
-    """A worker of ours, what it last said, and where it takes requests."""
+class Moved:
+    """Bytes loaded or copied for the operation under way, and in all before it began."""
 
-    node: str
-    handle: WorkerHandle
-    report: WorkerReport
-    address: tuple[str, int] | None = None
+    operation: str = ""
+    done: int = 0
+    total: int = 0
+    done_before: int = 0
+    total_before: int = 0
 
-    def fact(self) -> WorkerFact:
-        return WorkerFact(self.node, self.report.prepared, self.report.serving, self.report.failed)
+    def note(self, operation: str, done: int, total: int) -> None:
+        """Take in the deployment's counters; a new operation begins at zero."""
+        if operation != self.operation:
+            self.operation, self.done_before, self.total_before = operation, done, total
+        self.done, self.total = done - self.done_before, total - self.total_before
 
 
 class Controller:
-    """One deployment, from its configuration to a serving generation.
+    """One deployment, from its configuration to a serving generation and to whatever it becomes later.
 
     Parameters
     ----------
     config : DeploymentConfig
     hands : Hands
-        What starts processes and tells the time.
+        What starts processes, keeps the state and tells the time.
     """
 
     def __init__(self, config: DeploymentConfig, hands: Hands) -> None:
         self._config = config
         self._hands = hands
         self._begin_s = hands.now_s()
-        self._state = State()
+        self._state = State(standbys=config.standbys)
         self._reason = "reading the checkpoint"
-        self._model: ModelFiles | None = None
-        self._nodes: dict[str, NodeInfo] = {}
-        self._pools: dict[str, _Pool] = {}
-        self._workers: dict[str, _Worker] = {}
-        self._store: tuple[str, int] | None = None
+        self._cluster = Cluster(hands, config.hang_timeout_s, self._woken)
+        self._deeds: Deeds | None = None
         self._busy: dict[Effect, asyncio.Task[None]] = {}
-        self._errors: dict[Effect, str] = {}
-        self._fill_bytes: dict[str, int] = {}
+        self._errors: dict[Effect, Fault] = {}
         self._balancer: Balancer | None = None
+        self._members = MemberList(0)
+        self._moved = Moved()
         self._wake = asyncio.Event()
         self._changed = asyncio.Condition()
         self._loop: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Bring the first generation up; returns when it serves.
+        """Bring the first generation up, or wait for one that a restarted controller found; returns when it serves.
 
         Raises
         ------
         OperatorError
             The checkpoint, placement, memory or cluster does not allow it; nothing is served then.
         InternalError
-            A process that was started has died.
+            What was started has failed.
         """
-        self._model = ModelFiles.open(self._config.checkpoint, self._config.dtype)
-        self._nodes = {node.id: node for node in await self._hands.nodes()}
-        layout = plan_layout(self._config, self._model, list(self._nodes.values()), self._hands.now_s)
-        site = Site(layout.seats, model_spec(self._model.config), self._config.spare_slots)
-        self._balancer = Balancer(site, self._config.rebalance_s, self._config.loads_file, self._hands.now_s)
-        self._state = replace(self._state, target=layout)
-        self._loop = asyncio.create_task(self._run())
+        if self._loop is None:
+            model = await self._open()
+            nodes = list(self._cluster.nodes.values())
+            layout = plan_layout(self._config, model, nodes, self._hands.now_s)
+            self._begin(model, layout)
+            self._ask("start", f"{len(layout.seats)} workers", (layout,))
         async with self._changed:
-            await self._changed.wait_for(lambda: self._state.failure or self._state.serving is not None)
+            await self._changed.wait_for(lambda: self._state.failure or self._all_reachable())
         self.check()
+
+    async def resume(self) -> None:
+        """Go on where an earlier process of this controller was: its state is durable, its processes are there."""
+        saved = await self._hands.load()
+        if saved is None:
+            return
+        self._state = pickle.loads(saved)
+        model = await self._open()
+        existing = await self._hands.existing()
+        prefix = f"{self._config.name}/"
+        for name, owner in existing.owners.items():
+            pool = name.removeprefix(prefix)
+            await self._find_again(name, self._cluster.add_pool(pool, self._node_of_pool(pool), owner))
+        for name, (node, worker) in existing.workers.items():
+            await self._find_again(name, self._cluster.add_worker(name, node, worker))
+        record = self._state.serving or (self._state.pending.record if self._state.pending else None)
+        if record is not None:
+            self._begin(model, record.layout)
+
+    async def _find_again(self, name: str, noting: Coroutine[None, None, object]) -> None:
+        """Note a process of before; one that has died, or gives no answer, is replaced later."""
+        try:
+            await asyncio.wait_for(noting, self._config.hang_timeout_s)
+        except (InternalError, TimeoutError) as e:
+            _log.warning("%s is not taken up again: %s", name, e or "it gives no answer")
+            await self._hands.kill(name)
 
     def check(self) -> None:
         """Raise `InternalError` if the deployment has failed."""
@@ -132,45 +139,170 @@ class Controller:
 
     async def progress(self) -> Progress:
         """How far starting up is."""
-        loaded = sum(await asyncio.gather(*(pool.handle.loaded_bytes() for pool in self._pools.values())))
-        return Progress(self._reason, loaded, sum(self._fill_bytes.values()))
+        return Progress(self._reason, await self._moved_bytes(), self._deeds.wanted_bytes if self._deeds else 0)
 
     async def stop(self) -> None:
-        """End the loop and all workers; owners end with their processes."""
+        """End the loop, all workers and all owners, and forget the state."""
         if self._loop is not None:
             self._loop.cancel()
         for task in self._busy.values():
             task.cancel()
-        await asyncio.gather(*(w.handle.stop() for w in self._workers.values()), return_exceptions=True)
+        self._cluster.close()
+        names = [*self._cluster.workers, *(pool.config.name for pool in self._cluster.pools.values())]
+        stops = (asyncio.wait_for(m.handle.stop(), _STOP_S) for m in self._cluster.workers.values())
+        await asyncio.gather(*stops, return_exceptions=True)  # who does not stop is killed
+        await asyncio.gather(*(self._hands.kill(name) for name in names), return_exceptions=True)
+        await self._hands.forget()
 
-    def members(self) -> list[WorkerAddress]:
-        """Workers that serve now, for whoever sends them requests."""
-        record = self._state.serving
-        if record is None or self._state.failure:
-            return []
-        known = ((w, self._workers[w].address) for w in record.workers)
-        return [WorkerAddress(w, *where) for w, where in known if where is not None]
+    async def members(self, seen: int = -1, timeout_s: float = 10.0) -> MemberList:
+        """Workers that take requests, as soon as that is another list than number ``seen``, or after the time-out."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(lambda: self._members.version != seen)
+        return self._members
 
     async def status(self) -> DeploymentStatus:
         """One picture of everything."""
-        record, config, model = self._state.serving, self._config, self._model
-        pools = await asyncio.gather(*(self._pool_status(name) for name in sorted(self._pools)))
-        workers = worker_statuses(record, [self._workers[w].report for w in record.workers]) if record else ()
+        record, config = self._state.serving, self._config
+        model = self._deeds.model if self._deeds else None
+        phase = "failed" if self._state.failure else self._phase()
         return DeploymentStatus(
             name=config.name,
             model=config.endpoint.model_name or os.path.basename(config.checkpoint),
             endpoint=f"http://{config.endpoint.host}:{config.endpoint.port}",
             generation=record.id if record else 0,
-            phase="failed" if self._state.failure else "serving" if record else "starting",
+            phase=phase,
             exchange=record.layout.exchange if record else "",
             dtype=model.dtype if model else config.dtype,
             layers=len(model.config.moe_layers) if model else 0,
             experts=model.config.experts if model else 0,
             uptime_s=self._hands.now_s() - self._begin_s,
-            workers=workers,
-            pools=tuple(pools),
+            workers=worker_statuses(record, self._cluster.workers) if record else (),
+            pools=await pool_statuses(self._cluster),
+            standbys=self._standbys(),
+            operations=operation_statuses(self._state, self._reason, self._begin_s),
             detail=self._state.failure,
         )
+
+    async def scale(self, token: str, workers: int, dry_run: bool = False) -> OperationStatus | Preview:
+        """Go to so many workers; the operation, or with ``dry_run`` what it would take.
+
+        Raises
+        ------
+        OperatorError
+            The token is wrong, or there cannot be so many.
+        """
+        self._admit(token)
+        current = self._state.operation
+        if current is not None and len(current.goal.seats) == workers and current.kind == "scale" and not dry_run:
+            return self._told(current)
+        base, way = await self._plan(lambda now, c: resized(now, workers, c))
+        if dry_run:
+            return preview(base, way[-1], way, self._standbys())
+        return self._ask("scale", _change(base, way), way)
+
+    async def rebalance(self, token: str) -> OperationStatus:
+        """Let experts go where the loads measured so far want them; raises like `scale`."""
+        self._admit(token)
+        return self._ask("rebalance", "for the measured loads", (await self._plan(rebalanced))[1])
+
+    async def drain(self, token: str, device: str, deadline_s: float | None = None) -> OperationStatus:
+        """Take a device, or all of a node, out; raises like `scale`.
+
+        KV that is not handed over after ``deadline_s`` seconds is given up, and computed again elsewhere.
+        """
+        self._admit(token)
+        base, way = await self._plan(lambda now, c: drained(now, device, c))
+        if deadline_s is not None and self._deeds is not None:
+            until_s = self._hands.now_s() + deadline_s
+            self._deeds.deadlines.update(dict.fromkeys(named_devices(base, device, self._context()), until_s))
+        return self._ask("drain", f"{device}: {_change(base, way)}", way)
+
+    async def cancel(self, token: str, op_id: str) -> OperationStatus:
+        """Give an operation up before its commit; raises `OperatorError` if that is not possible any more."""
+        self._admit(token)
+        self._state = cancel(self._state, op_id, self._hands.now_s())
+        self._woken()
+        return self._told(next(o for o in self._state.operations if o.id == op_id))
+
+    async def operation(self, token: str, op_id: str, wait_s: float = 0.0) -> OperationStatus:
+        """An operation, as soon as it has ended, or after ``wait_s``."""
+        self._admit(token)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s), self._changed:
+                await self._changed.wait_for(lambda: self._find(op_id).outcome != "running")
+        return self._told(self._find(op_id))
+
+    def _all_reachable(self) -> bool:
+        return bool(self._members.workers) and not self._members.awaited
+
+    def _phase(self) -> str:
+        state = self._state
+        if state.serving is None:
+            return "starting"
+        if state.pending is None:
+            return "serving"
+        return "recovering" if state.pending.recovery else "serving, " + state.pending.stage.value
+
+    def _find(self, op_id: str) -> Operation:
+        found = next((o for o in self._state.operations if o.id == op_id), None)
+        if found is None:
+            raise OperatorError(f"operation: {op_id!r} is unknown")
+        return found
+
+    def _told(self, operation: Operation) -> OperationStatus:
+        moved = (self._moved.done, self._moved.total) if operation.id == self._moved.operation else (0, 0)
+        return operation_status(operation, self._reason, self._begin_s, moved)
+
+    def _admit(self, token: str) -> None:
+        if not hmac.compare_digest(token.encode(), self._config.token.encode()):
+            raise OperatorError("token: it is not this deployment's")
+
+    async def _plan(self, plan: Callable[[Layout, Context], Layout]) -> tuple[Layout, tuple[Layout, ...]]:
+        """From where the deployment is, or is just going: where that is, and the way to the planned layout."""
+        if self._state.serving is None:
+            raise OperatorError("the deployment does not serve yet; ask again when it does")
+        context, base = self._context(), self._base()
+        target = await asyncio.to_thread(plan, base, context)
+        return base, await asyncio.to_thread(route, base, target, context)
+
+    def _standbys(self) -> int:
+        return sum(member.fact(0.0, inf).idle for member in self._cluster.workers.values())
+
+    def _ask(self, kind: OperationKind, text: str, way: tuple[Layout, ...]) -> OperationStatus:
+        self._state = request(self._state, kind, text, way, self._hands.now_s())
+        self._woken()
+        return self._told(self._state.operations[-1])
+
+    def _base(self) -> Layout:
+        pending, serving = self._state.pending, self._state.serving
+        if pending is not None and pending.stage is Stage.COMMIT and not pending.doomed:
+            return pending.record.layout
+        assert serving is not None
+        return serving.layout
+
+    def _context(self) -> Context:
+        assert self._deeds is not None
+        nodes = list(self._cluster.nodes.values())
+        measured = self._balancer.loads if self._balancer is not None else None
+        return Context.of(self._config, self._deeds.model, nodes, self._hands.now_s, measured)
+
+    async def _open(self) -> ModelFiles:
+        await self._cluster.look_at_nodes()
+        return ModelFiles.open(self._config.checkpoint, self._config.dtype)
+
+    def _begin(self, model: ModelFiles, layout: Layout) -> None:
+        self._deeds = Deeds(self._config, model, self._cluster, lambda: self._state)
+        site = Site(layout.seats, model_spec(model.config), self._config.spare_slots)
+        self._balancer = Balancer(site, self._config.rebalance_s, self._config.loads_file, self._hands.now_s)
+        self._loop = asyncio.create_task(self._run())
+
+    def _node_of_pool(self, pool: str) -> str:
+        records = [self._state.serving, self._state.pending.record if self._state.pending else None]
+        return next((r.layout.pools()[pool] for r in records if r and pool in r.layout.pools()), "")
+
+    def _woken(self) -> None:
+        self._wake.set()
 
     async def _run(self) -> None:
         try:
@@ -178,15 +310,22 @@ class Controller:
                 await self._turn()
         except Exception as e:  # noqa: BLE001 - whatever ends the loop must end the deployment: nobody acts any more
             _log.exception("the controller's loop failed")
-            self._state = replace(self._state, failure=f"the controller's loop failed: {_told(e)}")
+            self._state = replace(self._state, failure=f"the controller's loop failed: {_text(e)}")
             await self._tell()
 
     async def _turn(self) -> None:
         self._wake.clear()
-        snapshot = await self._look()
+        await self._cluster.look_at_nodes()
+        snapshot = await self._cluster.look(frozenset(self._busy), self._errors)
         await self._balance()
+        await self._count_moved()
+        for worker, fact in snapshot.workers.items():
+            if fact.failed:
+                _log.warning("%s has to be ended: %s", worker, fact.failed)
         decision = step(self._state, snapshot)
         self._errors.clear()
+        if decision.state != self._state or decision.effects:
+            await self._hands.save(pickle.dumps(decision.state))
         self._state = decision.state
         if decision.reason != self._reason:
             _log.info("%s", decision.reason)
@@ -198,172 +337,60 @@ class Controller:
             await asyncio.wait_for(self._wake.wait(), _TICK_S)
 
     async def _tell(self) -> None:
-        """Wake who waits for the state to change."""
+        """Wake who waits for the state, or the list of members, to change."""
+        listed = member_list(self._state, self._cluster.workers, self._members.version + 1)
+        if replace(listed, version=self._members.version) != self._members:
+            self._members = listed
         async with self._changed:
             self._changed.notify_all()
 
     async def _balance(self) -> None:
         """Let experts move where the measured loads ask for it, one generation at a time."""
-        state = self._state
-        if self._balancer is None or state.serving is None or state.pending is not None or state.failure:
+        state, balancer = self._state, self._balancer
+        if balancer is None or state.serving is None or state.failure:
             return
-        self._balancer.observe({name: worker.report for name, worker in self._workers.items()})
-        if not self._balancer.due:
+        balancer.observe({name: member.report for name, member in self._cluster.workers.items()})
+        if state.pending is not None or state.operation is not None or not balancer.due:
             return
+        layout = state.serving.layout
         try:
-            better = await asyncio.to_thread(self._balancer.plan, state.serving.layout)
+            better = await asyncio.to_thread(balancer.plan, layout)
+            way = await asyncio.to_thread(route, layout, better, self._context()) if better is not None else ()
         except Exception:  # noqa: BLE001 - experts that stay where they are serve; ending that would be worse
             _log.exception("planning failed; experts stay where they are")
             return
-        if better is not None:
-            self._state = replace(self._state, target=better)
-
-    async def _look(self) -> Snapshot:
-        """Ask every worker; owners' extents are known from their last change."""
-        names = list(self._workers)
-        await asyncio.gather(*(self._report(name) for name in names))
-        return Snapshot(
-            nodes=frozenset(self._nodes),
-            pools={name: PoolFact(p.node, p.address, p.pages) for name, p in self._pools.items()},
-            workers={name: w.fact() for name, w in self._workers.items()},
-            store=self._store,
-            busy=frozenset(self._busy),
-            errors=dict(self._errors),
-        )
-
-    async def _report(self, name: str) -> None:
-        worker = self._workers[name]
-        try:
-            worker.report = await worker.handle.report()
-            if worker.report.serving and worker.address is None:
-                worker.address = await worker.handle.address()
-        except InternalError as e:
-            worker.report = replace(worker.report, failed=str(e).removeprefix(f"{name}: "))
+        if way and self._state.operation is None:
+            self._ask("rebalance", "following the measured loads", way)
 
     async def _do(self, effect: Effect) -> None:
+        assert self._deeds is not None
         try:
-            await self._doer(effect)
+            await self._deeds.do(effect)
         except Exception as e:  # noqa: BLE001 - one that is not noted would be asked for again, for ever
             _log.error("%s: %s", effect, e, exc_info=not isinstance(e, ConcertinaError))
-            self._errors[effect] = _told(e)
+            self._errors[effect] = Fault(_text(e), fault_is_lasting(e))
+            self._woken()
+            await asyncio.sleep(_BACK_OFF_S)
         finally:
             del self._busy[effect]
-            self._wake.set()
+            self._woken()
 
-    def _doer(self, effect: Effect) -> Awaitable[None]:
-        match effect:
-            case StartOwner():
-                return self._start_owner(effect)
-            case StartWorker():
-                return self._start_worker(effect)
-            case Fill():
-                return self._fill(effect)
-            case OpenStore():
-                return self._open_store()
-            case Prepare():
-                return self._prepare(effect)
-            case Commit():
-                return self._commit(effect)
-            case StopWorker():
-                return self._stop_worker(effect)
-            case Free():
-                return self._free(effect)
+    async def _count_moved(self) -> None:
+        if self._state.operation is not None and self._deeds is not None:
+            self._moved.note(self._state.operation.id, await self._moved_bytes(), self._deeds.wanted_bytes)
 
-    async def _start_owner(self, effect: StartOwner) -> None:
-        record = self._record()
-        name = f"{self._config.name}/{effect.pool}"
-        config = OwnerConfig(name, effect.pages, record.layout.memory.page_bytes, self._config.token)
-        handle = await self._hands.start_owner(effect.node, config)
-        pool = _Pool(effect.node, config, handle, await handle.address(), await handle.pages())
-        self._pools[effect.pool] = pool
-
-    async def _start_worker(self, effect: StartWorker) -> None:
-        assert self._model is not None
-        node, engine, here = self._nodes[effect.node], self._config.engine, self._record().layout
-        beside = sum(seat.node == effect.node for seat in here.seats)
-        scheduler = SchedulerConfig(
-            max_model_len=max_model_len(self._config, self._model),
-            max_batched_tokens=engine.max_batched_tokens,
-            max_running=engine.max_running,
-            max_waiting=engine.max_waiting,
-            chunked_prefill=engine.chunked_prefill,
+    async def _moved_bytes(self) -> int:
+        pools = list(self._cluster.pools.values())
+        counts = await asyncio.gather(
+            *(p.handle.loaded_bytes() for p in pools), *(p.handle.copied_bytes() for p in pools), return_exceptions=True
         )
-        config = WorkerConfig(
-            name=effect.worker,
-            host=node.host,
-            token=self._config.token,
-            threads=engine.threads or max(1, node.cpus // beside),
-            scheduler=scheduler,
-            prefix_caching=engine.prefix_caching,
-        )
-        handle = await self._hands.start_worker(effect.node, config)
-        self._workers[effect.worker] = _Worker(effect.node, handle, await handle.report())
-
-    async def _fill(self, effect: Fill) -> None:
-        assert self._model is not None
-        pool = self._pools[effect.pool]
-        keys = [r.key for r in effect.requests if r.purpose in _WEIGHTS and r.key not in pool.pages]
-        pieces = list(self._model.pieces(keys))
-        self._fill_bytes[effect.pool] = self._fill_bytes.get(effect.pool, 0) + sum(p.source.nbytes for p in pieces)
-        await pool.handle.fill(effect.requests, pieces)
-        self._pools[effect.pool] = replace(pool, pages=await pool.handle.pages())
-
-    async def _open_store(self) -> None:
-        self._store = await self._hands.open_store()
-
-    async def _prepare(self, effect: Prepare) -> None:
-        record = self._record()
-        worker = self._workers[effect.worker]
-        await worker.handle.prepare(self._assignment(record, record.rank_of(effect.worker)))
-
-    async def _commit(self, effect: Commit) -> None:
-        await self._workers[effect.worker].handle.commit(effect.generation)
-
-    async def _stop_worker(self, effect: StopWorker) -> None:
-        await self._workers.pop(effect.worker).handle.stop()
-
-    async def _free(self, effect: Free) -> None:
-        pool = self._pools[effect.pool]
-        try:
-            await pool.handle.free(effect.keys)
-        except PagesHeld as e:
-            _log.info("%s; trying again", e)
-            return
-        self._pools[effect.pool] = replace(pool, pages=await pool.handle.pages())
-
-    def _record(self) -> Record:
-        """The generation that effects are for."""
-        pending = self._state.pending
-        assert pending is not None
-        return pending.record
-
-    def _assignment(self, record: Record, rank: int) -> Assignment:
-        assert self._model is not None
-        layout = record.layout
-        host, port = self._store or ("", 0)
-        exchange = ExchangeSpec(layout.exchange, self._config.exchange_timeout_s, MAILBOX_BYTES, host, port)
-        generation = Generation(
-            id=record.id,
-            model=self._model.config,
-            dtype=self._model.dtype,
-            placement=layout.placement,
-            exchange=exchange,
-            page_bytes=layout.memory.page_bytes,
-            block_tokens=self._config.engine.block_tokens,
-        )
-        node = node_pool(layout.seats[rank].node)
-        return Assignment(generation, rank, self._extents(layout.device_pool(rank)), self._extents(node))
-
-    def _extents(self, pool: str) -> PoolExtents:
-        owner = self._pools[pool]
-        return PoolExtents(pool, owner.address, self._config.token, owner.pages)
-
-    async def _pool_status(self, name: str) -> PoolStatus:
-        pool = self._pools[name]
-        usage = await pool.handle.usage()
-        return PoolStatus(name, pool.node, pool.config.page_bytes, pool.config.pages, usage)
+        return sum(count for count in counts if isinstance(count, int))
 
 
-def _told(error: Exception) -> str:
+def _change(base: Layout, way: tuple[Layout, ...]) -> str:
+    return f"{len(base.seats)} -> {len(way[-1].seats)} workers"
+
+
+def _text(error: Exception) -> str:
     """Our own errors speak for themselves; others need their type."""
     return str(error) if isinstance(error, ConcertinaError) else f"{type(error).__name__}: {error}"

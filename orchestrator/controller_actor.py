@@ -1,112 +1,92 @@
-"""The controller as a Ray actor, and its hands: they start owners and workers as actors on chosen nodes."""
+"""The controller as a Ray actor, which Ray starts again when its process dies."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..errors import InternalError
-from ..workers.owner import OwnerConfig
-from ..workers.roles import WorkerConfig
-from ..workers.services import OwnerService, WorkerService
-from .config import DeploymentConfig
+from ..errors import OperatorError
+from .config import NAMESPACE, DeploymentConfig
 from .controller import Controller
-from .hands import NodeInfo, OwnerHandle, WorkerHandle
-from .status import DeploymentStatus, Progress, WorkerAddress
-
-_ON_CHOSEN_NODE: Any = {"num_cpus": 0, "max_concurrency": 8}  # the controller has counted cores itself
-
-
-class _Handle:
-    """An actor whose methods are awaited as those of a local object; a dead one raises `InternalError`."""
-
-    def __init__(self, actor: Any, what: str) -> None:
-        self._actor = actor
-        self._what = what
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        method = getattr(self._actor, name)
-
-        async def call(*args: object) -> Any:
-            try:
-                return await method.remote(*args)
-            except ray.exceptions.RayTaskError as e:
-                raise e.cause from None
-            except ray.exceptions.RayActorError as e:
-                raise InternalError(f"{self._what}: its process ended") from e
-
-        return call
-
-
-class RayHands:
-    """`Hands` over the Ray cluster that this process belongs to."""
-
-    def __init__(self) -> None:
-        self._store: Any = None
-
-    async def nodes(self) -> list[NodeInfo]:
-        alive = [n for n in await asyncio.to_thread(ray.nodes) if n["Alive"]]
-        alone = len(alive) == 1  # then nothing needs to listen beyond loopback
-        return [
-            NodeInfo(
-                n["NodeID"],
-                "127.0.0.1" if alone else n["NodeManagerAddress"],
-                int(n["Resources"].get("CPU", 1)),
-                int(n["Resources"].get("memory", 0)),
-            )
-            for n in alive
-        ]
-
-    async def start_owner(self, node: str, config: OwnerConfig) -> OwnerHandle:
-        actor = ray.remote(OwnerService).options(**_ON_CHOSEN_NODE, scheduling_strategy=_on(node)).remote(config)
-        return cast(OwnerHandle, _Handle(actor, f"memory owner {config.name}"))
-
-    async def start_worker(self, node: str, config: WorkerConfig) -> WorkerHandle:
-        actor = ray.remote(WorkerService).options(**_ON_CHOSEN_NODE, scheduling_strategy=_on(node)).remote(config)
-        return cast(WorkerHandle, _Handle(actor, config.name))
-
-    async def open_store(self) -> tuple[str, int]:
-        import torch.distributed as dist
-
-        host: str = ray.util.get_node_ip_address()
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        return host, self._store.port
-
-    def now_s(self) -> float:
-        return time.monotonic()
-
-
-def _on(node: str) -> NodeAffinitySchedulingStrategy:
-    return NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+from .preview import Preview
+from .ray_hands import RayHands
+from .remote import controller_name
+from .status import DeploymentStatus, MemberList, OperationStatus, Progress
 
 
 class ControllerService:
-    """The controller as it is called from other processes."""
+    """The controller as it is called from other processes; a restarted one goes on by itself, before it answers."""
 
     def __init__(self, config: DeploymentConfig) -> None:
         logging.basicConfig(level=logging.INFO)
-        self._controller = Controller(config, RayHands())
+        self._hands = RayHands(config.name)
+        self._controller = Controller(config, self._hands)
+        restarted = bool(ray.get_runtime_context().was_current_actor_reconstructed)
+        self._begun = asyncio.get_running_loop().create_task(self._begin(restarted))
+
+    async def _begin(self, restarted: bool) -> None:
+        if restarted:
+            await self._controller.resume()
+        else:
+            await self._hands.sweep()
+
+    async def _ready(self) -> Controller:
+        await asyncio.shield(self._begun)  # who asks learns why it cannot go on
+        return self._controller
 
     async def start(self) -> None:
-        await self._controller.start()
+        await (await self._ready()).start()
 
     async def check(self) -> None:
-        self._controller.check()
+        (await self._ready()).check()
 
     async def progress(self) -> Progress:
-        return await self._controller.progress()
+        return await (await self._ready()).progress()
 
-    async def members(self) -> list[WorkerAddress]:
-        return self._controller.members()
+    async def members(self, seen: int = -1, timeout_s: float = 10.0) -> MemberList:
+        return await (await self._ready()).members(seen, timeout_s)
 
     async def status(self) -> DeploymentStatus:
-        return await self._controller.status()
+        return await (await self._ready()).status()
+
+    async def scale(self, token: str, workers: int, dry_run: bool = False) -> OperationStatus | Preview:
+        return await (await self._ready()).scale(token, workers, dry_run)
+
+    async def rebalance(self, token: str) -> OperationStatus:
+        return await (await self._ready()).rebalance(token)
+
+    async def drain(self, token: str, device: str, deadline_s: float | None = None) -> OperationStatus:
+        return await (await self._ready()).drain(token, device, deadline_s)
+
+    async def cancel(self, token: str, op_id: str) -> OperationStatus:
+        return await (await self._ready()).cancel(token, op_id)
+
+    async def operation(self, token: str, op_id: str, wait_s: float = 0.0) -> OperationStatus:
+        return await (await self._ready()).operation(token, op_id, wait_s)
 
     async def stop(self) -> None:
+        self._begun.cancel()
         await self._controller.stop()
+
+
+def launch(config: DeploymentConfig) -> Any:
+    """Start a deployment's controller beside the caller; it lives as long as the caller's job, through any restart.
+
+    Calls that a restart interrupts fail and are asked again by their callers (`remote.ask_again`).
+
+    Raises
+    ------
+    OperatorError
+        A deployment of that name runs in this cluster.
+    """
+    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=False)
+    options: Any = {"namespace": NAMESPACE, "num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
+    kind: Any = ray.remote(ControllerService)
+    try:
+        return kind.options(name=controller_name(config.name), **options).remote(config)
+    except ValueError as e:
+        raise OperatorError(f"name: a deployment called {config.name!r} already runs in this cluster") from e

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..errors import OperatorError
+from ..planners.model import Loads, ModelSpec
 from ..planners.placement import Placement
 from ..planners.solution import Clock
 from ..workers.exchange.layout import region_bytes
 from ..workers.generation import ExchangeKind
+from ..workers.kv.ledger import record_bytes
 from ..workers.model_files import ModelFiles
 from ..workers.pages.sizing import choose_page_bytes, pages_for
 from .config import DeploymentConfig
@@ -18,7 +21,8 @@ from .core.layout import Layout, Seat
 from .hands import NodeInfo
 from .placing import Site, even_loads, first_placement
 from .planfiles import model_spec, read_loads, read_placement
-from .sizing import MemoryLimits, ModelSizes, plan_memory
+from .room import address_pages, check_nodes
+from .sizing import MemoryLimits, MemoryPlan, ModelSizes, plan_memory
 
 MAILBOX_BYTES = 256 << 10
 
@@ -37,13 +41,82 @@ def max_model_len(config: DeploymentConfig, model: ModelFiles) -> int:
     return wanted or most
 
 
-def seat_workers(nodes: Sequence[NodeInfo], workers: int) -> tuple[Seat, ...]:
-    """Spread workers over nodes in proportion to cores, the next one where most cores per worker are left."""
+@dataclass(frozen=True)
+class Context:
+    """What layouts of a deployment are planned for.
+
+    Parameters
+    ----------
+    config : DeploymentConfig
+    spec : ModelSpec
+        The model as the planners see it.
+    sizes : ModelSizes
+    length_blocks : int
+        KV blocks of one sequence of full length.
+    nodes : tuple of NodeInfo
+        Those that are alive. ``available_bytes`` is what the deployment may take in all, not what is left beside it.
+    loads : Loads
+        What every expert is asked for.
+    now : callable
+        Seconds; limits the planners.
+    """
+
+    config: DeploymentConfig
+    spec: ModelSpec
+    sizes: ModelSizes
+    length_blocks: int
+    nodes: tuple[NodeInfo, ...]
+    loads: Loads
+    now: Clock
+
+    @classmethod
+    def of(
+        cls,
+        config: DeploymentConfig,
+        model: ModelFiles,
+        nodes: Sequence[NodeInfo],
+        now: Clock,
+        loads: Loads | None = None,
+    ) -> Context:
+        """The context of a checkpoint; without ``loads``, those of the loads file or even ones.
+
+        Raises
+        ------
+        OperatorError
+            The loads file is malformed, or a sequence longer than the model's positions is asked for.
+        """
+        spec, block_tokens = model_spec(model.config), config.engine.block_tokens
+        sizes = ModelSizes(model.expert_bytes, model.trunk_bytes, model.kv_block_bytes(block_tokens))
+        blocks = -(-max_model_len(config, model) // block_tokens)
+        return cls(config, spec, sizes, blocks, tuple(nodes), loads or known_loads(config, spec), now)
+
+    def site(self, seats: Sequence[Seat]) -> Site:
+        return Site(seats, self.spec, self.config.spare_slots)
+
+    def reserved_experts(self, seats: Sequence[Seat]) -> int:
+        """Experts, summed over layers, for which every device keeps room: as many as it may ever have to hold."""
+        return min(self.site(seats).slots, self.spec.experts) * self.spec.layers
+
+
+def known_loads(config: DeploymentConfig, spec: ModelSpec) -> Loads:
+    """Loads measured before, if there are any; else all experts are taken to be asked for alike."""
+    if config.loads_file is not None and os.path.exists(config.loads_file):
+        return read_loads(config.loads_file, spec)
+    return even_loads(spec)
+
+
+def next_node(nodes: Sequence[NodeInfo], taken: Counter[str]) -> str:
+    """Where one more worker has most cores; nodes with more memory first."""
     if not nodes:
         raise OperatorError("cluster: no node is alive")
+    return max(nodes, key=lambda n: (n.cpus / (taken[n.id] + 1), n.available_bytes)).id
+
+
+def seat_workers(nodes: Sequence[NodeInfo], workers: int) -> tuple[Seat, ...]:
+    """Spread workers over nodes in proportion to cores, the next one where most cores per worker are left."""
     taken: Counter[str] = Counter()
     for _ in range(workers):
-        taken[max(nodes, key=lambda n: (n.cpus / (taken[n.id] + 1), n.available_bytes)).id] += 1
+        taken[next_node(nodes, taken)] += 1
     seats = [node.id for node in nodes for _ in range(taken[node.id])]
     return tuple(Seat(f"cpu-{rank}", node) for rank, node in enumerate(seats))
 
@@ -67,13 +140,6 @@ def fitting_placement(path: str, seats: Sequence[Seat], model: ModelFiles) -> Pl
     return Placement(tuple(seat.device for seat in seats), placement.replicas_LE)
 
 
-def planned_placement(config: DeploymentConfig, site: Site, now: Clock) -> Placement:
-    """Where the planners put the experts, for the loads measured before if there are any."""
-    known = config.loads_file is not None and os.path.exists(config.loads_file)
-    loads = read_loads(str(config.loads_file), site.model) if known else even_loads(site.model)
-    return first_placement(site, loads, now)
-
-
 def exchange_kind(config: DeploymentConfig, seats: Sequence[Seat]) -> ExchangeKind:
     """How tokens travel: not at all, through shared memory on one node, else through gloo."""
     nodes = {seat.node for seat in seats}
@@ -86,6 +152,41 @@ def exchange_kind(config: DeploymentConfig, seats: Sequence[Seat]) -> ExchangeKi
     return "shared"
 
 
+def exchange_pages(kind: ExchangeKind, workers: int, page_bytes: int) -> int:
+    """Pages of the region through which so many workers exchange tokens; 0 where they need none."""
+    return pages_for(region_bytes(workers, MAILBOX_BYTES), page_bytes) if kind == "shared" else 0
+
+
+def device_memory(
+    context: Context, seats: Sequence[Seat], placement: Placement, page_bytes: int, device_bytes: int | None
+) -> MemoryPlan:
+    """The memory of every device for this placement; ``device_bytes`` None takes a share of the smallest node.
+
+    Raises
+    ------
+    OperatorError
+        A device's experts and the KV of one full-length sequence do not fit, or a seat's node is gone.
+    """
+    available = {node.id: node.available_bytes for node in context.nodes}
+    gone = sorted({seat.node for seat in seats} - set(available))
+    if gone:
+        raise OperatorError(f"cluster: node {gone[0]} is not alive")
+    limits = MemoryLimits(
+        device_bytes,
+        min(available[seat.node] for seat in seats),
+        max(Counter(seat.node for seat in seats).values()),
+        kv_blocks_wanted=context.config.engine.max_running * context.length_blocks,
+        kv_blocks_needed=context.length_blocks,
+        reserved_experts=context.reserved_experts(seats),
+    )
+    return plan_memory(context.sizes, page_bytes, placement, limits)
+
+
+def page_size(sizes: ModelSizes, experts: int) -> int:
+    """Bytes of a page that wastes little on so many experts, as many KV blocks and the trunk."""
+    return choose_page_bytes([*[sizes.expert_bytes] * experts, sizes.trunk_bytes, *[sizes.kv_block_bytes] * experts])
+
+
 def plan_layout(config: DeploymentConfig, model: ModelFiles, nodes: Sequence[NodeInfo], now: Clock) -> Layout:
     """Where everything of the first generation goes, and how much memory it gets.
 
@@ -95,34 +196,35 @@ def plan_layout(config: DeploymentConfig, model: ModelFiles, nodes: Sequence[Nod
         It does not fit, or the placement file is not for this model.
     """
     seats = seat_workers(nodes, config.workers)
-    shape = (len(model.config.moe_layers), model.config.experts)
-    site = Site(seats, model_spec(model.config), config.spare_slots)
+    context = Context.of(config, model, nodes, now)
     if config.placement_file is not None:
         placement = fitting_placement(config.placement_file, seats, model)
     else:
-        placement = planned_placement(config, site, now)
-    block_tokens = config.engine.block_tokens
-    sizes = ModelSizes(model.expert_bytes, model.trunk_bytes, model.kv_block_bytes(block_tokens))
-    experts = [sizes.expert_bytes] * (shape[0] * shape[1])
-    page_bytes = choose_page_bytes([*experts, sizes.trunk_bytes, *[sizes.kv_block_bytes] * len(experts)])
-    length_blocks = -(-max_model_len(config, model) // block_tokens)
-    used = {seat.node for seat in seats}
-    limits = MemoryLimits(
-        config.device_memory_bytes,
-        min(node.available_bytes for node in nodes if node.id in used),
-        max(Counter(seat.node for seat in seats).values()),
-        kv_blocks_wanted=config.engine.max_running * length_blocks,
-        kv_blocks_needed=length_blocks,
-        reserved_experts=site.slots * shape[0],
-    )
+        placement = first_placement(context.site(seats), context.loads, now)
+    return first_layout(context, seats, placement)
+
+
+def first_layout(context: Context, seats: tuple[Seat, ...], placement: Placement) -> Layout:
+    """The layout of a deployment's first generation: page size and addresses hold for all that follow.
+
+    Raises
+    ------
+    OperatorError
+        It does not fit a device or a node.
+    """
+    config = context.config
+    page_bytes = page_size(context.sizes, placement.layers * placement.experts)
     exchange = exchange_kind(config, seats)
-    region = region_bytes(len(seats), MAILBOX_BYTES) if exchange == "shared" else 0
-    return Layout(
+    layout = Layout(
         seats=seats,
         placement=placement,
-        memory=plan_memory(sizes, page_bytes, placement, limits),
-        memory_mode="shared",
+        memory=device_memory(context, seats, placement, page_bytes, config.device_memory_bytes),
+        memory_mode=config.memory_mode,
         exchange=exchange,
-        exchange_pages=pages_for(region, page_bytes) if region else 0,
-        reserved_experts=site.slots * shape[0],
+        exchange_pages=exchange_pages(exchange, len(seats), page_bytes),
+        reserved_experts=context.reserved_experts(seats),
+        node_pages=address_pages(context.nodes, page_bytes),
+        ledger_record_bytes=record_bytes(config.engine.block_tokens),
     )
+    check_nodes(layout, context.nodes)
+    return layout

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -17,6 +19,12 @@ LOCAL = "local"
 _LOG_LEVEL = logging.ERROR
 _CONTROLLER = "controller/"
 _KNOCK_S = 5.0
+_PATIENCE_S = 60.0
+_AGAIN_S = 0.2
+
+
+class Unavailable(InternalError):
+    """An actor does not answer now: Ray may be starting it again."""
 
 
 def controller_name(deployment: str) -> str:
@@ -110,18 +118,42 @@ def ask(reference: Any, timeout_s: float | None = None) -> Any:
 
     Raises
     ------
+    Unavailable
+        Nothing has answered, in ``timeout_s`` or because the process that was called has ended and starts again.
     InternalError
-        The process that was called has ended.
+        The process that was called has ended for good.
     """
     try:
         return ray.get(reference, timeout=timeout_s)
     except ray.exceptions.RayTaskError as e:
         raise e.cause from None
+    except (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError) as e:
+        raise Unavailable(f"a process of the deployment does not answer: {e}") from e
     except ray.exceptions.RayActorError as e:
         raise InternalError(f"a process of the deployment has ended: {e}") from e
 
 
+def ask_again(call: Callable[[], Any], patience_s: float = _PATIENCE_S) -> Any:
+    """The result of ``call()``, a remote call that may be made twice, through a restart of the actor that it asks.
+
+    Raises
+    ------
+    Unavailable
+        Nothing has answered for ``patience_s``.
+    InternalError
+        The process that was called has ended for good.
+    """
+    end_s = time.monotonic() + patience_s
+    while True:
+        try:
+            return ask(call(), max(0.0, end_s - time.monotonic()))
+        except Unavailable:
+            if time.monotonic() + _AGAIN_S >= end_s:
+                raise
+            time.sleep(_AGAIN_S)
+
+
 def deployment_status(deployment: str) -> DeploymentStatus:
     """A picture of a running deployment."""
-    status: DeploymentStatus = ask(find_controller(deployment).status.remote())
+    status: DeploymentStatus = ask_again(find_controller(deployment).status.remote)
     return status

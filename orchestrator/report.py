@@ -1,16 +1,23 @@
-"""What workers report as what a deployment says of its workers. Pure."""
+"""What workers, owners and the state say, as what a deployment says of itself."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Mapping, Sequence
 
+from ..errors import InternalError
 from ..workers.roles import WorkerReport
-from .core.state import Record
-from .status import WorkerStatus
+from .cluster import Cluster, Member, Pool
+from .core.state import Operation, Record, State
+from .status import MemberList, OperationStatus, PoolStatus, WorkerAddress, WorkerStatus
+
+_LATEST = 10  # operations in a status
 
 
-def worker_statuses(record: Record, reports: Sequence[WorkerReport]) -> tuple[WorkerStatus, ...]:
-    """One status per rank; ``reports`` are those of the generation's workers, by rank."""
+def worker_statuses(record: Record, members: Mapping[str, Member]) -> tuple[WorkerStatus, ...]:
+    """One status per rank of the generation; a worker that is gone is shown as lost."""
+    gone = WorkerReport("", 0, frozenset(), 0, "its process ended")
+    reports = [members[w].report if w in members else gone for w in record.workers]
     return tuple(_status(record, rank, reports) for rank in range(len(reports)))
 
 
@@ -21,7 +28,7 @@ def _status(record: Record, rank: int, reports: Sequence[WorkerReport]) -> Worke
         device=seat.device,
         node=seat.node,
         pid=report.pid,
-        state="failed" if report.failed else "serving" if report.serving == record.id else "preparing",
+        state=_state(report, record),
         experts_per_layer=tuple(len(layer[rank]) for layer in record.layout.placement.experts_LD),
         load=report.load,
         prompt_tokens=stats.prompt_tokens,
@@ -29,6 +36,14 @@ def _status(record: Record, rank: int, reports: Sequence[WorkerReport]) -> Worke
         routed_tokens=round(_routed(record, rank, reports)),
         steps=stats.steps,
     )
+
+
+def _state(report: WorkerReport, record: Record) -> str:
+    if report.failed:
+        return "lost" if not report.pid else "failed"
+    if report.parked:
+        return "parked"
+    return "serving" if report.serving == record.id else "preparing"
 
 
 def _routed(record: Record, rank: int, reports: Sequence[WorkerReport]) -> float:
@@ -40,3 +55,64 @@ def _routed(record: Record, rank: int, reports: Sequence[WorkerReport]) -> float
             if share:
                 total += share * sum(r.counts_LE[layer][expert] for r in reports if r.counts_LE)
     return total
+
+
+async def pool_statuses(cluster: Cluster) -> tuple[PoolStatus, ...]:
+    """Pages of every pool by purpose; a pool whose owner has just died is left out."""
+    told = await asyncio.gather(*(_pool_status(name, pool) for name, pool in sorted(cluster.pools.items())))
+    return tuple(status for status in told if status is not None)
+
+
+async def _pool_status(name: str, pool: Pool) -> PoolStatus | None:
+    try:
+        usage, loaded, copied = await asyncio.gather(
+            pool.handle.usage(), pool.handle.loaded_bytes(), pool.handle.copied_bytes()
+        )
+    except InternalError:
+        return None
+    return PoolStatus(name, pool.node, pool.config.page_bytes, pool.config.pages, usage, loaded, copied)
+
+
+def member_list(state: State, members: Mapping[str, Member], version: int) -> MemberList:
+    """Workers that take requests: those of the generation, and those that left it and still hold sequences."""
+    record = state.serving
+    if record is None or state.failure:
+        return MemberList(version)
+    listed, awaited = [], []
+    for worker, device in zip(record.workers, record.layout.devices, strict=True):
+        member = members.get(worker)
+        if member is None or member.report.failed or member.address is None:
+            awaited.append(device)
+        else:
+            listed.append(WorkerAddress(worker, *member.address, device))
+    for worker, member in members.items():
+        if worker not in record.workers and member.address is not None and member.report.device:
+            listed.append(WorkerAddress(worker, *member.address, member.report.device, draining=True))
+    return MemberList(version, tuple(listed), frozenset(awaited))
+
+
+def operation_statuses(state: State, phase: str, begin_s: float) -> tuple[OperationStatus, ...]:
+    """The latest operations, oldest first."""
+    return tuple(operation_status(o, phase, begin_s) for o in state.operations[-_LATEST:])
+
+
+def operation_status(
+    operation: Operation, phase: str, begin_s: float, moved: tuple[int, int] = (0, 0)
+) -> OperationStatus:
+    """An operation as others see it, in seconds since the deployment began; ``moved`` are bytes done and in all."""
+    running = operation.outcome == "running"
+    if running and operation.committed_s:
+        phase = "clearing up"
+    return OperationStatus(
+        id=operation.id,
+        kind=operation.kind,
+        text=operation.text,
+        state=operation.outcome,
+        phase=phase if running else "",
+        reason=operation.reason,
+        started_s=operation.started_s - begin_s,
+        committed_s=operation.committed_s - begin_s if operation.committed_s else 0.0,
+        ended_s=operation.ended_s - begin_s if operation.ended_s else 0.0,
+        bytes_done=moved[0],
+        bytes_total=moved[1],
+    )

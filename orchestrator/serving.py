@@ -22,11 +22,13 @@ from ..errors import OperatorError
 from ..workers.model_files import ModelFiles
 from . import remote
 from .config import NAMESPACE, DeploymentConfig
-from .controller_actor import ControllerService
+from .controller_actor import launch
 from .core.layout import Seat
 from .ingress.deployment import ActorMembers, Lifeline, build_ingress
 from .ingress.settings import IngressSettings
 from .planning import fitting_placement, max_model_len
+from .ray_hands import end_all
+from .tokens import kept_token
 
 _POLL_S = 0.2
 _HEALTH_S = 1.0
@@ -110,18 +112,16 @@ def _stop_signals() -> Callable[[], None]:
 
 @contextlib.contextmanager
 def _controller(config: DeploymentConfig) -> Iterator[Any]:
-    name = remote.controller_name(config.name)
+    actor = launch(config)
     try:
-        actor: Any = ray.remote(ControllerService).options(name=name, namespace=NAMESPACE, num_cpus=0).remote(config)
-        ray.get(actor.__ray_ready__.remote())
-    except ValueError as e:
-        raise OperatorError(f"name: a deployment called {config.name!r} already runs in this cluster") from e
-    try:
-        yield actor
+        with kept_token(config.name, config.token):
+            yield actor
     finally:
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(actor.stop.remote(), timeout=_STOP_S)
         ray.kill(actor)
+        with contextlib.suppress(ray.exceptions.RayError):
+            end_all(config.name)  # it may have died, or hang; the lifelines of its actors would take seconds
 
 
 def _bring_up(starting: Any, opening: Future[None], controller: Any, console: Console) -> None:
@@ -129,15 +129,26 @@ def _bring_up(starting: Any, opening: Future[None], controller: Any, console: Co
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("starting", total=None)
-        started = False
-        while not (started and opening.done()):
-            started = bool(ray.wait([starting], timeout=_POLL_S)[0])
-            if started:
-                remote.ask(starting)  # a failure is known at once
-            seen = remote.ask(controller.progress.remote())
+        while starting is not None or not opening.done():
+            starting = _still_starting(starting, controller)
+            seen = remote.ask_again(controller.progress.remote)
             total = seen.total_bytes or None
             progress.update(task, description=seen.phase, completed=seen.loaded_bytes, total=total)
     opening.result()
+
+
+def _still_starting(starting: Any, controller: Any) -> Any:
+    """What to wait for: the call, or another one if the controller was restarted; None once it has succeeded."""
+    if starting is None:
+        time.sleep(_POLL_S)
+        return None
+    if not ray.wait([starting], timeout=_POLL_S)[0]:
+        return starting
+    try:
+        remote.ask(starting)
+    except remote.Unavailable:
+        return controller.start.remote()
+    return None
 
 
 @contextlib.contextmanager
@@ -179,6 +190,7 @@ def _announce(config: DeploymentConfig, started: bool) -> None:
 
 
 def _watch(controller: Any) -> None:
+    """Return never; raise what ended the deployment, or that its controller stays away."""
     while True:
-        remote.ask(controller.check.remote())
+        remote.ask_again(controller.check.remote)
         time.sleep(_HEALTH_S)

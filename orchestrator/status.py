@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ..workers.protocol import EngineLoad
 
 
 @dataclass(frozen=True, slots=True)
 class PoolStatus:
-    """Pages of one pool by purpose; the counts add up to ``pages``."""
+    """Pages of one pool by purpose; the counts add up to ``pages``.
+
+    ``loaded_bytes`` were read from the checkpoint into it, ``copied_bytes`` from other pools.
+    """
 
     name: str
     node: str
     page_bytes: int
     pages: int
     by_purpose: Mapping[str, int]
+    loaded_bytes: int = 0
+    copied_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +45,38 @@ class WorkerStatus:
     steps: int = 0
 
 
+OperationState = Literal["running", "done", "failed", "canceled", "superseded"]
+
+
+@dataclass(frozen=True, slots=True)
+class OperationStatus:
+    """What was asked of a deployment, and what became of it.
+
+    ``kind`` is ``start``, ``scale``, ``rebalance`` or ``drain``; ``text`` says it in words (``2 -> 3 workers``),
+    ``phase`` how far it is. Times are seconds since the deployment began: its goal served from ``committed_s`` on, and
+    what it left behind was cleared away at ``ended_s``; 0 is not yet. ``bytes_done`` of ``bytes_total`` were copied or
+    loaded for it.
+    """
+
+    id: str
+    kind: str
+    text: str
+    state: OperationState
+    phase: str = ""
+    reason: str = ""
+    started_s: float = 0.0
+    committed_s: float = 0.0
+    ended_s: float = 0.0
+    bytes_total: int = 0
+    bytes_done: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 @dataclass(frozen=True, slots=True)
 class DeploymentStatus:
-    """One consistent picture of a deployment."""
+    """One consistent picture of a deployment. ``operations`` are the latest ones, oldest first."""
 
     name: str
     model: str
@@ -56,6 +90,8 @@ class DeploymentStatus:
     uptime_s: float
     workers: tuple[WorkerStatus, ...] = ()
     pools: tuple[PoolStatus, ...] = ()
+    standbys: int = 0
+    operations: tuple[OperationStatus, ...] = ()
     detail: str = field(default="")
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,11 +100,22 @@ class DeploymentStatus:
 
 @dataclass(frozen=True, slots=True)
 class WorkerAddress:
-    """Where a serving worker takes requests."""
+    """Where a worker takes requests, and the device that it runs on. One that is draining gets no new ones."""
 
     worker: str
     host: str
     port: int
+    device: str = ""
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MemberList:
+    """Who takes requests now; ``awaited`` are devices whose worker is being replaced. Any change is a new version."""
+
+    version: int
+    workers: tuple[WorkerAddress, ...] = ()
+    awaited: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,13 +33,13 @@ def deployment(checkpoint: str, threads: int, workers: int) -> Iterator[tuple[An
     import ray
     from concertina.orchestrator import remote
     from concertina.orchestrator.config import DeploymentConfig, EngineOptions
-    from concertina.orchestrator.controller_actor import ControllerService
+    from concertina.orchestrator.controller_actor import launch
 
     engine = EngineOptions(max_model_len=1024, prefix_caching=False, threads=threads)
-    config = DeploymentConfig(checkpoint, workers=workers, engine=engine, rebalance_s=0)
+    config = DeploymentConfig(checkpoint, workers=workers, engine=engine, rebalance_s=0, standbys=0)
     remote.join_or_start(remote.LOCAL, workers, verbose=False)
     try:
-        controller: Any = ray.remote(ControllerService).options(num_cpus=0).remote(config)
+        controller = launch(config)
         ray.get(controller.start.remote())
         yield config, controller
         ray.get(controller.stop.remote())
@@ -79,7 +79,7 @@ def main() -> None:
     ):
         members = ray.get(controller.members.remote())
         pids = [w.pid for w in ray.get(controller.status.remote()).workers]
-        clients = [runner.run(WorkerClient.connect(m.host, m.port, config.token)) for m in members]
+        clients = [runner.run(WorkerClient.connect(m.host, m.port, config.token)) for m in members.workers]
         load = Load(clients)
         answers.serve(
             lambda prompts: runner.run(load.generate(prompts)),

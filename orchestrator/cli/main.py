@@ -13,6 +13,11 @@ from ...errors import ConcertinaError
 COMMANDS = {
     "serve": "Serve a checkpoint behind an OpenAI-compatible endpoint.",
     "status": "Show devices, pages by purpose, experts per worker and load.",
+    "scale": "Scale to a number of workers, while requests stream.",
+    "drain": "Empty a device or a node and let its workers go.",
+    "rebalance": "Move experts to where the measured loads want them.",
+    "cancel": "Withdraw an operation before it is committed.",
+    "operations": "List what was asked for and what became of it.",
     "train": "Train a small byte-level MoE model and write it as a Hugging Face checkpoint.",
     "plan": "Plan where experts live, offline.",
 }

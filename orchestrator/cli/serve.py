@@ -10,6 +10,7 @@ import click
 
 from ...errors import OperatorError
 from ..config import DeploymentConfig, EndpointOptions, EngineOptions, parse_bytes
+from ..tokens import VARIABLE
 
 
 class SizeType(click.ParamType[int]):
@@ -72,6 +73,13 @@ _deployment_options = _Group(
         click.option("--loads", metavar="FILE", help="Measured loads: read at the start, kept up to date."),
         click.option("--device-memory", type=SizeType(), help="Pages per device, e.g. 2GiB.  [default: what fits]"),
         click.option(
+            "--memory",
+            type=click.Choice(["shared", "separate"]),
+            default="shared",
+            show_default=True,
+            help="Whether the devices of a node share its memory, or have one of their own each.",
+        ),
+        click.option(
             "--exchange",
             type=click.Choice(["auto", "shared", "gloo"]),
             default="auto",
@@ -83,7 +91,27 @@ _deployment_options = _Group(
             type=float,
             default=60.0,
             show_default=True,
-            help="Seconds without an answer after which a worker counts as hung.",
+            help="Seconds after which a worker gives up a peer that does not answer.",
+        ),
+        click.option(
+            "--hang-timeout",
+            type=float,
+            default=20.0,
+            show_default=True,
+            help="Seconds without an answer after which a worker is killed and replaced.",
+        ),
+        click.option(
+            "--standbys",
+            type=click.IntRange(min=0),
+            default=1,
+            show_default=True,
+            help="Idle workers per node, ready to replace a dead one.",
+        ),
+        click.option(
+            "--token",
+            envvar=VARIABLE,
+            show_envvar=True,
+            help="Secret that scale, drain and the like must show.  [default: a random one, kept for this user]",
         ),
     )
 )
@@ -143,7 +171,11 @@ def _config(checkpoint: str, o: dict[str, Any]) -> DeploymentConfig:
         loads_file=o["loads"],
         exchange_timeout_s=o["exchange_timeout"],
         engine=engine,
+        memory_mode=o["memory"],
+        standbys=o["standbys"],
+        hang_timeout_s=o["hang_timeout"],
         endpoint=endpoint,
+        **({"token": o["token"]} if o["token"] else {}),
     )
 
 
@@ -156,7 +188,8 @@ def _config(checkpoint: str, o: dict[str, Any]) -> DeploymentConfig:
 def command(checkpoint: str, address: str | None, verbose: bool, **options: Any) -> None:
     """Serve CHECKPOINT, a Hugging Face MoE folder, behind an OpenAI-compatible endpoint.
 
-    Starts an embedded Ray, or joins the cluster that runs here. Ctrl-C ends everything.
+    Starts an embedded Ray, or joins the cluster that runs here. Ctrl-C ends everything. concertina scale changes the
+    number of workers.
     """
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"

@@ -6,10 +6,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..status import DeploymentStatus, PoolStatus, WorkerStatus
+from ..status import DeploymentStatus, OperationStatus, PoolStatus, WorkerStatus
+from .operation_view import outcome, progress
 
 _MIB = 1 << 20
-_PURPOSES = ("experts", "trunk", "kv", "exchange", "table", "free")
+_PURPOSES = ("experts", "trunk", "kv", "exchange")  # the rest of a pool is addresses, which cost nothing
 _WORKER_COLUMNS = ("experts", "routed", "run+wait", "KV used", "blocks", "prompt", "output", "tok/s")
 
 
@@ -30,8 +31,11 @@ class StatusView:
             f"{status.model}  {status.dtype}  {status.layers} MoE layers x {status.experts} experts"
             f"  exchange {status.exchange}  up {status.uptime_s:,.0f} s"
         )
+        if status.standbys:
+            head.append(f"  standbys {status.standbys}")
         if status.detail:
             head.append(f"\n{status.detail}", style="red")
+        _append_operation(head, status.operations)
         return Group(head, _workers_table(status, rates), _pages_table(status.pools))
 
     def _rates(self, status: DeploymentStatus, now_s: float) -> dict[int, float]:
@@ -40,6 +44,13 @@ class StatusView:
         if last is None or now_s <= last[0]:
             return {}
         return {rank: max(0, n - last[1].get(rank, n)) / (now_s - last[0]) for rank, n in now.items()}
+
+
+def _append_operation(head: Text, operations: tuple[OperationStatus, ...]) -> None:
+    """The operation under way, or the last one if it went wrong."""
+    if operations and operations[-1].state in ("running", "failed"):
+        last = operations[-1]
+        head.append(f"\n{outcome(last)}{progress(last)}", style="red" if last.state == "failed" else "yellow")
 
 
 def _table(title: str) -> Table:
@@ -77,11 +88,11 @@ def _worker_cells(w: WorkerStatus, routed_total: int, rate: float | None, severa
 def _pages_table(pools: tuple[PoolStatus, ...]) -> Table:
     table = _table("Pages by purpose (MiB)")
     table.add_column("pool", no_wrap=True)
-    for purpose in (*_PURPOSES, "all"):
+    for purpose in _PURPOSES:
         table.add_column(purpose, justify="right", no_wrap=True)
     for pool in pools:
         pages = [pool.by_purpose.get(purpose, 0) for purpose in _PURPOSES]
-        table.add_row(_short(pool.name), *(f"{n * pool.page_bytes / _MIB:,.1f}" for n in (*pages, pool.pages)))
+        table.add_row(_short(pool.name), *(f"{n * pool.page_bytes / _MIB:,.1f}" for n in pages))
     return table
 
 

@@ -14,6 +14,7 @@ from ...workers.pages.table import ExtentRequest
 from ..sizing import MemoryPlan
 
 MemoryMode = Literal["shared", "separate"]
+_NODE = "node/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,10 @@ class Layout:
     reserved_experts : int
         Physical experts, summed over layers, for which every device keeps room beside its KV cache, so that experts
         can move to it later.
+    node_pages : int
+        Pages of every node's pool, at least; a pool never grows, and a page costs memory only once it is used.
+    ledger_record_bytes : int
+        See `OwnerConfig`.
     """
 
     seats: tuple[Seat, ...]
@@ -48,6 +53,13 @@ class Layout:
     exchange: ExchangeKind
     exchange_pages: int = 0
     reserved_experts: int = 0
+    node_pages: int = 0
+    ledger_record_bytes: int = 0
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Devices by rank."""
+        return tuple(seat.device for seat in self.seats)
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -74,16 +86,39 @@ class Layout:
         """KV blocks that this rank has beside its experts and the room kept for others."""
         return self.memory.kv_blocks(max(len(self.experts_of(rank)), self.reserved_experts))
 
-    def pool_pages(self, pool: str) -> int:
-        """Pages of a pool, its page table included.
+    def kv_blocks_coming_from(self, old: Layout, device: str) -> int:
+        """KV blocks that a device may have while it goes from ``old`` to this layout, in both of which it is."""
+        rank = self.devices.index(device)
+        if self.memory_mode == "shared":  # the pool has every expert already
+            return self.kv_blocks(rank)
+        before = old.experts_of(old.devices.index(device))
+        both = len({*self.experts_of(rank), *before})
+        return min(self.kv_blocks(rank), self.memory.kv_blocks(both), old.memory.kv_blocks(both))
 
-        There is room for every expert once, and for the exchange of two generations: unused pages cost no memory, and
-        while experts move, those of two generations are there.
+    def pool_pages(self, pool: str) -> int:
+        """Pages of a pool, its page table and ledger included; those of a device alone never change.
+
+        Where devices share a node's memory there is room for every expert once. There is room for the exchange of
+        several generations: while experts move, those of two are there, and what a third one left may still have to be
+        freed.
         """
+        if not is_node_pool(pool):
+            return self._with_books(self.memory.device_pages)
         ranks = [rank for rank in range(len(self.seats)) if self.device_pool(rank) == pool]
         experts = self.placement.layers * self.placement.experts * self.memory.expert_pages if ranks else 0
         kv = sum(self.kv_blocks(rank) for rank in ranks) * self.memory.kv_block_pages
-        return with_table(experts + kv + self.memory.trunk_pages + 2 * self.exchange_pages, self.memory.page_bytes)
+        needed = experts + kv + self.memory.trunk_pages + 4 * self.exchange_pages
+        return max(self._with_books(needed), self.node_pages)
+
+    def _with_books(self, pages: int) -> int:
+        """So many pages and those of the pool's table and ledger."""
+        size, total = self.memory.page_bytes, pages
+        while total - (books := table_pages(PoolGeometry("", total, size)) + self._ledger_pages(total)) < pages:
+            total = pages + books
+        return total
+
+    def _ledger_pages(self, pages: int) -> int:
+        return -(-pages * self.ledger_record_bytes // self.memory.page_bytes)
 
     def extents(self, generation: int) -> Mapping[str, tuple[ExtentRequest, ...]]:
         """What every pool must hold before this generation can run."""
@@ -106,14 +141,11 @@ class Layout:
         return {pool: tuple(requests.values()) for pool, requests in wanted.items()}
 
 
-def with_table(pages: int, page_bytes: int) -> int:
-    """Pages of a pool that has room for so many beside its page table."""
-    total = pages
-    while total - table_pages(PoolGeometry("", total, page_bytes)) < pages:
-        total += table_pages(PoolGeometry("", total, page_bytes))
-    return total
-
-
 def node_pool(node: str) -> str:
     """Name of a node's pool."""
-    return f"node/{node}"
+    return _NODE + node
+
+
+def is_node_pool(pool: str) -> bool:
+    """Whether a node's workers share that pool; else it is one device's."""
+    return pool.startswith(_NODE)

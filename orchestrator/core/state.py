@@ -1,17 +1,22 @@
-"""What the controller remembers between two snapshots."""
+"""What the controller remembers between two snapshots. All of it is durable."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
 from .layout import Layout
+
+OperationKind = Literal["start", "scale", "rebalance", "drain"]
+Outcome = Literal["running", "done", "failed", "canceled", "superseded"]
 
 
 class Stage(Enum):
     """How far the next generation is. Until ``COMMIT`` it can be given up without anybody noticing."""
 
-    FILL = "loading weights"
+    YIELD = "making room"
+    FILL = "moving weights"
     PREPARE = "forming the generation"
     COMMIT = "switching"
 
@@ -27,22 +32,88 @@ class Record:
     def rank_of(self, worker: str) -> int:
         return self.workers.index(worker)
 
+    def worker_of(self, device: str) -> str | None:
+        """The worker of a device, if the device has a part in this generation."""
+        devices = self.layout.devices
+        return self.workers[devices.index(device)] if device in devices else None
+
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """The generation that is coming, and how far it is."""
+    """The generation that is coming, and how far it is.
+
+    Parameters
+    ----------
+    recovery : bool
+        The one before it is broken: its members are parked or gone, and nobody waits for a common boundary.
+    doomed : str
+        Why it is being withdrawn; empty if it is not.
+    lasting : bool
+        Whether trying again would be in vain.
+    """
 
     record: Record
     stage: Stage
+    recovery: bool = False
+    doomed: str = ""
+    lasting: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What was asked for, and what became of it. Times are the shell's, in seconds; 0 is not yet.
+
+    ``route`` are layouts to go through, one generation each; the last one is the goal.
+    """
+
+    id: str
+    kind: OperationKind
+    text: str
+    route: tuple[Layout, ...]
+    started_s: float
+    outcome: Outcome = "running"
+    reason: str = ""
+    committed_s: float = 0.0
+    ended_s: float = 0.0
+
+    @property
+    def goal(self) -> Layout:
+        return self.route[-1]
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Target, the generation that serves, the one that is coming. ``failure`` says why nothing goes on."""
+    """Operations (the last one may be under way), the generation that serves and the one that is coming.
 
-    target: Layout | None = None
+    Parameters
+    ----------
+    operations : tuple of Operation
+        Oldest first; a bounded number of them.
+    standbys : int
+        Idle workers to keep on every node that serves.
+    attempts : int
+        Generations withdrawn in a row.
+    short_lives : int
+        Generations in a row that broke as soon as they served.
+    served_since_s : float
+    failure : str
+        Why nothing goes on any more; empty otherwise.
+    """
+
+    operations: tuple[Operation, ...] = ()
     serving: Record | None = None
     pending: Pending | None = None
+    standbys: int = 0
     next_generation: int = 1
     next_worker: int = 0
+    next_operation: int = 1
+    attempts: int = 0
+    short_lives: int = 0
+    served_since_s: float = 0.0
     failure: str = ""
+
+    @property
+    def operation(self) -> Operation | None:
+        """The one under way."""
+        last = self.operations[-1] if self.operations else None
+        return last if last is not None and last.outcome == "running" else None

@@ -1,4 +1,4 @@
-"""One decision: from the state, a snapshot and nothing else to the next state and what to do about it.
+"""One decision: from the state and a snapshot to the next state and what to do about it.
 
 Level-triggered: what is done follows from what is missing, never from an event. Called again with the same snapshot
 it asks for the same effects, less those under way.
@@ -6,24 +6,36 @@ it asks for the same effects, less those under way.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from .coming import coming
 from .facts import (
+    Abandon,
     Commit,
     Effect,
+    Fault,
     Fill,
     Free,
+    HandOver,
     OpenStore,
     Prepare,
+    ResizeKV,
     Snapshot,
     StartOwner,
     StartWorker,
     StopWorker,
     WorkerFact,
 )
+from .health import broken, filled, missing, missing_pools, usable
 from .layout import Layout
+from .leftovers import leftovers, resizes, standbys, yields
+from .operations import committed, end, next_layout
 from .state import Pending, Record, Stage, State
+from .survive import survive
+
+_ATTEMPTS = 3  # of an operation, and
+_RECOVERIES = 8  # of recovering, before it is given up
+_SHORT_LIFE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,52 +49,203 @@ class Decision:
 
 def step(state: State, snapshot: Snapshot) -> Decision:
     """Decide what to do next."""
+    if not state.failure:
+        state = _finish(_begin(_advance(_withdraw(_doom(state, snapshot), snapshot), snapshot), snapshot), snapshot)
     if state.failure:
         return Decision(state, (), state.failure)
-    trouble = _trouble(state, snapshot)
-    if trouble:
-        return Decision(replace(state, failure=trouble), (), trouble)
-    state = _advance(_begin(state, snapshot), snapshot)
-    effects = [*_wanted(state, snapshot), *_leftovers(state, snapshot)]
-    return Decision(state, tuple(e for e in effects if e not in snapshot.busy), _reason(state))
+    state, effects = _effects(state, snapshot)
+    return Decision(state, tuple(e for e in dict.fromkeys(effects) if e not in snapshot.busy), _reason(state))
 
 
-def _trouble(state: State, snapshot: Snapshot) -> str:
-    """Why this cannot go on: a failed effect, or a member of a generation that is gone."""
-    for error in snapshot.errors.values():
-        return error
-    if state.serving is None:
+def _doom(state: State, snapshot: Snapshot) -> State:
+    """Give the coming generation up if something it needs failed or died."""
+    pending = state.pending
+    if pending is None or pending.doomed:
+        return state
+    for effect, fault in snapshot.errors.items():
+        if _concerns(effect, pending):
+            return _doomed(state, fault)
+    trouble = _trouble(state, pending, snapshot)
+    return _doomed(state, Fault(trouble)) if trouble else state
+
+
+def _doomed(state: State, fault: Fault) -> State:
+    assert state.pending is not None
+    return replace(state, pending=replace(state.pending, doomed=fault.reason, lasting=fault.lasting))
+
+
+def _concerns(effect: Effect, pending: Pending) -> bool:
+    match effect:
+        case Prepare(_, generation) | Commit(_, generation):
+            return generation == pending.record.id
+        case StartWorker(worker, _):
+            return worker in pending.record.workers
+        case StartOwner(pool) | Fill(pool):
+            return pool in pending.record.layout.pools()
+        case OpenStore():
+            return True
+        case ResizeKV():
+            return pending.stage is Stage.YIELD
+        case _:
+            return False
+
+
+def _trouble(state: State, pending: Pending, snapshot: Snapshot) -> str:
+    """Who of the members, or of those that serve until then, is lost."""
+    record = pending.record
+    gone = sorted(set(record.layout.nodes) - snapshot.nodes)
+    if gone:
+        return f"node {gone[0]} is gone"
+    begun = pending.stage in (Stage.PREPARE, Stage.COMMIT)
+    for rank, worker in enumerate(record.workers):
+        fact = snapshot.workers.get(worker)
+        where = f"worker {rank} ({record.layout.seats[rank].device})"
+        if fact is None and begun:
+            return f"{where}: its process ended"
+        if fact is not None and fact.failed:
+            return f"{where}: {fact.failed}"
+        if fact is not None and fact.parked and fact.serving == record.id:
+            return f"{where}: {fact.parked}"
+    if state.serving is None or pending.recovery:
         return ""
-    failed = []
-    for rank, worker in enumerate(state.serving.workers):
-        why = snapshot.workers.get(worker, WorkerFact("", failed="its process ended")).failed
-        if why:
-            failed.append(f"worker {rank} ({state.serving.layout.seats[rank].device}): {why}")
-    # Those that lost a peer only say so; the one that was lost, or what it died of, comes first.
-    return min(failed, key=lambda line: "PeerLost" in line, default="")
+    return broken(_still_there(state.serving, snapshot), snapshot, record.id)
+
+
+def _still_there(record: Record, snapshot: Snapshot) -> Record:
+    """The generation without the members that have left it in good order."""
+    stay = [i for i, w in enumerate(record.workers) if not _has_retired(snapshot.workers.get(w))]
+    layout = replace(record.layout, seats=tuple(record.layout.seats[i] for i in stay))
+    return Record(record.id, layout, tuple(record.workers[i] for i in stay))
+
+
+def _has_retired(fact: WorkerFact | None) -> bool:
+    return fact is not None and fact.retired != 0 and not fact.failed
+
+
+def _withdraw(state: State, snapshot: Snapshot) -> State:
+    """Once everybody has let go of a doomed generation: forward if somebody has switched to it, else back."""
+    pending = state.pending
+    if pending is None or not pending.doomed or not _let_go(pending.record.id, snapshot):
+        return state
+    if _has_begun(state, pending.record, snapshot):
+        state = replace(state, serving=pending.record, pending=None, served_since_s=snapshot.now_s)
+        return committed(state, snapshot.now_s)
+    state = replace(state, pending=None, attempts=state.attempts + 1)
+    if state.serving is None or pending.recovery:
+        given_up = state.attempts >= _RECOVERIES if pending.recovery else pending.lasting or state.attempts >= _ATTEMPTS
+        return _fail(state, pending.doomed, snapshot) if given_up else state
+    if state.operation is None or pending.record.layout not in state.operation.route:
+        return replace(state, attempts=0)  # it was withdrawn because it was asked for no more
+    if pending.lasting or state.attempts >= _ATTEMPTS:
+        return replace(end(state, "failed", pending.doomed, snapshot.now_s), attempts=0)
+    return state
+
+
+def _has_begun(state: State, record: Record, snapshot: Snapshot) -> bool:
+    """Whether a worker has left the serving generation for this one. Those that had no role before do not count."""
+    movers = record.workers if state.serving is None else state.serving.workers
+    facts = [usable(snapshot, worker) for worker in movers]
+    return any(fact is not None and fact.serving == record.id for fact in facts)
+
+
+def _fail(state: State, reason: str, snapshot: Snapshot) -> State:
+    return replace(end(state, "failed", reason, snapshot.now_s), failure=reason)
+
+
+def _let_go(generation: int, snapshot: Snapshot) -> bool:
+    """Nobody can come to the generation any more, and everyone's word about it is from after that."""
+    if any(isinstance(e, Commit | Abandon) and e.generation == generation for e in snapshot.busy):
+        return False
+    facts = [fact for fact in snapshot.workers.values() if not fact.failed]
+    return not any(fact.stale or generation in fact.prepared for fact in facts)
+
+
+def _advance(state: State, snapshot: Snapshot) -> State:
+    """Move the coming generation to the stage that the snapshot allows."""
+    pending = state.pending
+    if pending is None or pending.doomed:
+        return state
+    record, facts = pending.record, [usable(snapshot, w) for w in pending.record.workers]
+    if all(fact is not None and fact.serving == record.id and not fact.parked for fact in facts):
+        state = replace(state, serving=record, pending=None, attempts=0, served_since_s=snapshot.now_s)
+        return committed(state, snapshot.now_s)
+    return replace(state, pending=replace(pending, stage=_stage(state, pending, snapshot)))
+
+
+def _stage(state: State, pending: Pending, snapshot: Snapshot) -> Stage:
+    record, stage = pending.record, pending.stage
+    if stage is Stage.PREPARE and any(missing(record, snapshot)):
+        stage = Stage.FILL  # an owner died
+    if stage in (Stage.YIELD, Stage.FILL):
+        stage = Stage.YIELD if any(yields(state, snapshot)) else Stage.FILL
+    if stage is Stage.FILL and filled(record, snapshot):
+        stage = Stage.PREPARE
+    facts = [snapshot.workers.get(w) for w in record.workers]
+    if stage is Stage.PREPARE and all(f is not None and record.id in f.prepared | {f.serving} for f in facts):
+        stage = Stage.COMMIT
+    return stage
 
 
 def _begin(state: State, snapshot: Snapshot) -> State:
-    """Open a new generation where the target differs from what serves."""
-    current = state.serving.layout if state.serving else None
-    if state.pending or state.target is None or state.target == current:
+    """Open a new generation: the serving one's successor if it is broken, else what the operation asks for."""
+    if state.pending is not None or state.failure:
         return state
-    workers, next_worker = _cast(state, state.target, snapshot)
-    record = Record(state.next_generation, state.target, workers)
-    return replace(
+    if any(isinstance(e, Free | HandOver | ResizeKV) for e in snapshot.busy):
+        return state  # it would plan on extents that are about to go
+    reason = broken(state.serving, snapshot) if state.serving is not None else ""
+    if reason:
+        return _recover(state, snapshot, reason)
+    state = _without_dead_nodes(state, snapshot)
+    layout = next_layout(state)
+    if layout is None or (state.serving is not None and not _is_clear(state, snapshot)):
+        return state
+    return _open(state, layout, snapshot, recovery=False)
+
+
+def _recover(state: State, snapshot: Snapshot, reason: str) -> State:
+    assert state.serving is not None
+    lived_s = snapshot.now_s - state.served_since_s
+    short = state.short_lives
+    if state.attempts == 0:
+        short = short + 1 if lived_s < _SHORT_LIFE_S else 0
+    if short >= _RECOVERIES:
+        return _fail(state, f"it breaks again and again; the last time: {reason}", snapshot)
+    layout = survive(state.serving.layout, snapshot.nodes)
+    if layout is None:
+        return _fail(state, f"{reason}; the devices that are left do not hold the model", snapshot)
+    return _open(replace(state, short_lives=short), layout, snapshot, recovery=True)
+
+
+def _without_dead_nodes(state: State, snapshot: Snapshot) -> State:
+    """An operation that counts on a node that is gone has failed."""
+    operation = state.operation
+    if operation is None:
+        return state
+    gone = sorted({node for layout in operation.route for node in layout.nodes} - snapshot.nodes)
+    return end(state, "failed", f"node {gone[0]} is gone", snapshot.now_s) if gone else state
+
+
+def _open(state: State, layout: Layout, snapshot: Snapshot, *, recovery: bool) -> State:
+    workers, next_worker = _cast(state, layout, snapshot)
+    record = Record(state.next_generation, layout, workers)
+    state = replace(
         state,
-        pending=Pending(record, Stage.FILL),
+        pending=Pending(record, Stage.YIELD, recovery),
         next_generation=state.next_generation + 1,
         next_worker=next_worker,
     )
+    return _advance(state, snapshot)
 
 
 def _cast(state: State, layout: Layout, snapshot: Snapshot) -> tuple[tuple[str, ...], int]:
-    """A worker for every rank: who sits there now, else an idle one of that node, else a new one."""
+    """A worker for every rank: who sits there now, else a standby of that node, else a new one."""
     sitting = {}
     if state.serving is not None:
-        sitting = {s.device: w for s, w in zip(state.serving.layout.seats, state.serving.workers, strict=True)}
-    idle = [w for w, fact in sorted(snapshot.workers.items()) if not fact.failed and w not in sitting.values()]
+        seated = zip(state.serving.layout.devices, state.serving.workers, strict=True)
+        facts = {device: (w, usable(snapshot, w)) for device, w in seated}
+        sitting = {device: w for device, (w, fact) in facts.items() if fact is not None and not fact.retired}
+    taken = {*sitting.values(), *(e.worker for e in snapshot.busy if isinstance(e, Prepare))}
+    idle = [w for w, fact in sorted(snapshot.workers.items()) if fact.idle and w not in taken]
     cast, fresh = [], state.next_worker
     for seat in layout.seats:
         worker = sitting.get(seat.device)
@@ -96,93 +259,44 @@ def _cast(state: State, layout: Layout, snapshot: Snapshot) -> tuple[tuple[str, 
     return tuple(cast), fresh
 
 
-def _advance(state: State, snapshot: Snapshot) -> State:
-    """Move the coming generation to the stage that the snapshot allows."""
-    pending = state.pending
-    if pending is None:
+def _finish(state: State, snapshot: Snapshot) -> State:
+    """An operation is done when its goal serves and what it left behind is cleared away."""
+    if state.pending is not None or state.operation is None:
         return state
-    record, facts = pending.record, [snapshot.workers.get(w) for w in pending.record.workers]
-    if all(fact is not None and fact.serving == record.id for fact in facts):
-        return replace(state, serving=record, pending=None)
-    if all(fact is not None and record.id in fact.prepared | {fact.serving} for fact in facts):
-        return replace(state, pending=replace(pending, stage=Stage.COMMIT))
-    if pending.stage is Stage.FILL and _filled(record, snapshot) and None not in facts:
-        return replace(state, pending=replace(pending, stage=Stage.PREPARE))
-    return state
+    state = committed(state, snapshot.now_s)
+    operation = state.operation
+    if operation is None or not operation.committed_s or not _is_clear(state, snapshot):
+        return state
+    busy = any(isinstance(e, Free | HandOver | ResizeKV | Abandon) for e in snapshot.busy)
+    return state if busy or any(resizes(state, snapshot)) else end(state, "done", "", snapshot.now_s)
 
 
-def _filled(record: Record, snapshot: Snapshot) -> bool:
-    if _needs_store(record) and snapshot.store is None:
+def _is_clear(state: State, snapshot: Snapshot) -> bool:
+    """Whether nothing is there beside what serves, and nothing is about to appear."""
+    assert state.serving is not None
+    if any(missing_pools(state.serving, snapshot)) or any(isinstance(e, Fill) for e in snapshot.busy):
         return False
-    return not any(_missing(record, snapshot))
+    return not any(leftovers(state, snapshot))
 
 
-def _needs_store(record: Record) -> bool:
-    return record.layout.exchange in ("gloo", "nccl")
-
-
-def _missing(record: Record, snapshot: Snapshot) -> Iterator[Effect]:
-    """Owners and extents that the generation needs and that are not there."""
-    pools = record.layout.pools()
-    for pool, requests in record.layout.extents(record.id).items():
-        fact = snapshot.pools.get(pool)
-        if fact is None:
-            yield StartOwner(pool, pools[pool], record.layout.pool_pages(pool))
-        elif any(request.key not in fact.pages for request in requests):
-            yield Fill(pool, requests)
-
-
-def _wanted(state: State, snapshot: Snapshot) -> Iterator[Effect]:
-    """What the coming generation needs next."""
-    if state.pending is None:
-        return
-    record, stage = state.pending.record, state.pending.stage
-    if stage is Stage.FILL:
-        yield from _missing(record, snapshot)
-        for rank, worker in enumerate(record.workers):
-            if worker not in snapshot.workers:
-                yield StartWorker(worker, record.layout.seats[rank].node)
-        if _needs_store(record) and snapshot.store is None:
-            yield OpenStore()
-    elif stage is Stage.PREPARE:
-        yield from (Prepare(w, record.id) for w in record.workers if record.id not in _prepared(w, snapshot))
-    else:
-        yield from (Commit(w, record.id) for w in record.workers if snapshot.workers[w].serving != record.id)
-        yield from (Commit(w, record.id) for w in _leaving(state, snapshot))
-
-
-def _leaving(state: State, snapshot: Snapshot) -> list[str]:
-    """Workers that still run the generation that serves and have no part in the one that is coming."""
-    if state.serving is None or state.pending is None:
-        return []
-    staying = state.pending.record.workers
-    gone = [w for w in state.serving.workers if w not in staying and w in snapshot.workers]
-    return [w for w in gone if snapshot.workers[w].serving == state.serving.id]
-
-
-def _prepared(worker: str, snapshot: Snapshot) -> frozenset[int]:
-    fact = snapshot.workers.get(worker)
-    return fact.prepared if fact else frozenset()
-
-
-def _leftovers(state: State, snapshot: Snapshot) -> Iterator[Effect]:
-    """Workers and extents that no generation needs any more."""
-    if state.pending is not None or state.serving is None:
-        return
-    yield from (StopWorker(w) for w in sorted(set(snapshot.workers) - set(state.serving.workers)))
-    wanted = state.serving.layout.extents(state.serving.id)
-    for pool, fact in sorted(snapshot.pools.items()):
-        keep = {request.key for request in wanted.get(pool, ())}
-        gone = _sorted(key for key in fact.pages if key not in keep)
-        if gone:
-            yield Free(pool, gone)
-
-
-def _sorted(keys: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted(keys))
+def _effects(state: State, snapshot: Snapshot) -> tuple[State, list[Effect]]:
+    effects: list[Effect] = [StopWorker(w) for w, fact in sorted(snapshot.workers.items()) if fact.failed]
+    if state.serving is not None:
+        effects += missing_pools(state.serving, snapshot)
+    if state.pending is not None:
+        return state, effects + list(coming(state, state.pending, snapshot))
+    if state.serving is None:
+        return state, effects
+    effects += leftovers(state, snapshot)
+    if _is_clear(state, snapshot):
+        effects += resizes(state, snapshot)
+    state, starts = standbys(state, snapshot)
+    return state, effects + starts
 
 
 def _reason(state: State) -> str:
-    if state.pending is not None:
-        return f"generation {state.pending.record.id}: {state.pending.stage.value}"
+    pending = state.pending
+    if pending is not None:
+        told = f"withdrawn: {pending.doomed}" if pending.doomed else pending.stage.value
+        return f"generation {pending.record.id}: {told}"
     return f"generation {state.serving.id} serves" if state.serving else "no target"

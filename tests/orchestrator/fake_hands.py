@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from concertina.errors import InternalError, OperatorError
-from concertina.orchestrator.hands import NodeInfo
-from concertina.workers.generation import Assignment
+from concertina.orchestrator.hands import Existing, NodeInfo
+from concertina.workers.generation import Assignment, KVSource, kv_key
 from concertina.workers.loading import Piece
 from concertina.workers.owner import OwnerConfig
 from concertina.workers.pages.table import ExtentRequest
+from concertina.workers.pages.transfer import CopyPlan, PageSource
 from concertina.workers.roles import WorkerConfig, WorkerReport
 
 
 @dataclass
 class Faults:
-    """What fails: the names of calls, each with its error."""
+    """What fails: the names of calls, each with its error; those that are held wait."""
 
     errors: dict[str, Exception] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
+    held: set[str] = field(default_factory=set)
 
     async def met(self, call: str) -> None:
         self.calls.append(call)
         await asyncio.sleep(0)
+        while call in self.held:
+            await asyncio.sleep(0.01)
         if call in self.errors:
             raise self.errors[call]
 
@@ -33,38 +38,83 @@ class Faults:
 class FakeOwner:
     """A pool that hands out page numbers one behind the other."""
 
-    config: OwnerConfig
+    config_: OwnerConfig
     faults: Faults
+    dead: bool = False
     extents: dict[str, tuple[int, ...]] = field(default_factory=dict)
     loaded: int = 0
     next_page: int = 1
 
     async def address(self) -> str:
-        return f"@{self.config.name}"
+        return f"@{self.config_.name}"
 
-    async def fill(self, requests: Sequence[ExtentRequest], pieces: Sequence[Piece]) -> None:
+    async def fill(
+        self, requests: Sequence[ExtentRequest], pieces: Sequence[Piece], copies: Sequence[CopyPlan]
+    ) -> None:
         await self.faults.met("fill")
         for r in requests:
             if r.key not in self.extents:
-                self.extents[r.key] = tuple(range(self.next_page, self.next_page + r.pages))
-                self.next_page += r.pages
-        if self.next_page > self.config.pages:
-            raise OperatorError("out of pages")
+                self._take(r.key, r.pages)
         self.loaded += sum(p.source.nbytes for p in pieces)
 
+    def _take(self, key: str, pages: int) -> None:
+        self._alive()
+        if self.next_page + pages > self.config_.pages:
+            raise OperatorError("out of pages")
+        taken = tuple(range(self.next_page, self.next_page + pages))
+        self.extents[key] = (*self.extents.get(key, ()), *taken)
+        self.next_page += pages
+
+    def _alive(self) -> None:
+        if self.dead:
+            raise InternalError(f"memory owner {self.config_.name}: its process ended")
+
+    async def extend(self, key: str, purpose: str, pages: int, had: int) -> tuple[int, ...]:
+        self._take(key, pages)
+        return self.extents[key]
+
+    async def trim(self, key: str, keep: Sequence[int]) -> tuple[int, ...]:
+        self._alive()
+        self.extents[key] = tuple(page for page in self.extents[key] if page in set(keep))
+        return self.extents[key]
+
+    async def relabel(self, key: str, pages: Sequence[int], to_key: str) -> None:
+        self.extents[to_key] = (*self.extents.get(to_key, ()), *pages)
+        self.extents[key] = tuple(page for page in self.extents[key] if page not in pages)
+
+    async def config(self) -> OwnerConfig:
+        self._alive()
+        return self.config_
+
+    async def source(self) -> PageSource:
+        return PageSource(f"@{self.config_.name}", "127.0.0.1", 0, self.config_.token)
+
+    async def copied_bytes(self) -> int:
+        self._alive()
+        return 0
+
+    async def kill(self, pid: int) -> None:
+        self._alive()
+
+    async def wait(self, timeout_s: float) -> None:
+        for _ in range(int(timeout_s / 0.01)):
+            self._alive()
+            await asyncio.sleep(0.01)
+
     async def loaded_bytes(self) -> int:
+        self._alive()
         return self.loaded
 
     async def free(self, keys: Sequence[str]) -> None:
         for key in keys:
-            del self.extents[key]
+            self.extents.pop(key, None)
 
     async def pages(self) -> Mapping[str, tuple[int, ...]]:
         return dict(self.extents)
 
     async def usage(self) -> Mapping[str, int]:
         used = sum(map(len, self.extents.values()))
-        return {"kv": used, "free": self.config.pages - used}
+        return {"kv": used, "free": self.config_.pages - used}
 
 
 @dataclass
@@ -75,38 +125,106 @@ class FakeWorker:
     faults: Faults
     number: int
     prepared: dict[int, Assignment] = field(default_factory=dict)
+    ready: set[int] = field(default_factory=set)
     serving: int = 0
+    retired: int = 0
+    parked: str = ""
+    device: str = ""
+    kv: tuple[int, ...] = ()
+    released_to: str | None = None
     dead: bool = False
+    hangs: bool = False
     stopped: bool = False
 
-    def _alive(self) -> None:
+    async def _alive(self) -> None:
+        while self.hangs and not self.dead:
+            await asyncio.sleep(0.01)
         if self.dead:
             raise InternalError(f"{self.config.name}: its process ended")
 
     async def prepare(self, assignment: Assignment) -> None:
-        self._alive()
+        await self._alive()
         await self.faults.met("prepare")
         self.prepared[assignment.generation.id] = assignment
+        self.ready.add(assignment.generation.id)
 
     async def abandon(self, generation: int) -> None:
-        del self.prepared[generation]
+        await self._alive()
+        self.ready.discard(generation)
 
     async def commit(self, generation: int) -> None:
-        self._alive()
+        await self._alive()
         await self.faults.met("commit")
-        assert generation in self.prepared
+        self.parked = ""
+        if generation not in self.ready:
+            self.serving, self.retired = 0, generation
+            return
+        self.ready.discard(generation)
         self.serving = generation
+        if not self.device:
+            assignment = self.prepared[generation]
+            self.device = assignment.generation.placement.devices[assignment.rank]
+            self.kv = assignment.device.pages[kv_key(self.device)]
+
+    async def kv_pages(self) -> tuple[int, ...]:
+        await self._alive()
+        return self.kv
+
+    async def resize_kv(self, blocks: int, fresh: Sequence[int]) -> tuple[int, ...]:
+        await self._alive()
+        self.kv = (*self.kv, *fresh)[: blocks * self._block_pages]
+        return self.kv
+
+    async def adopt_kv(self, source: KVSource, blocks: int) -> tuple[int, ...]:
+        await self._alive()
+        await self.faults.met("adopt_kv")
+        return self.kv
+
+    async def release(self, moved_to: str) -> None:
+        await self._alive()
+        self.released_to, self.retired, self.device, self.kv = moved_to, 0, "", ()
+
+    async def lend(self, pool: str) -> str:
+        await self._alive()
+        if not self.serving:
+            raise InternalError("it maps nothing")
+        return f"@lent/{pool}"
+
+    @property
+    def _block_pages(self) -> int:
+        assert self.device
+        latest = self.prepared[max(self.prepared)].generation
+        needed = latest.model.layers * latest.block_tokens * latest.model.attention.kv_width * 4
+        return -(-needed // latest.page_bytes)
 
     async def address(self) -> tuple[str, int]:
         return self.config.host, 9000 + self.number
 
     async def report(self) -> WorkerReport:
-        self._alive()
+        await self._alive()
         failed = f"{type(e).__name__}: {e}" if (e := self.faults.errors.get("engine")) else ""
-        return WorkerReport(self.config.name, 100 + self.number, frozenset(self.prepared), self.serving, failed)
+        blocks = len(self.kv) // self._block_pages if self.device else 0
+        return WorkerReport(
+            self.config.name,
+            100 + self.number,
+            frozenset(self.ready),
+            self.serving,
+            failed,
+            parked=self.parked,
+            retired=self.retired,
+            device=self.device,
+            kv_blocks=blocks,
+        )
+
+    async def watch(self, seen: WorkerReport, timeout_s: float) -> WorkerReport:
+        for _ in range(int(timeout_s / 0.01)):
+            if (now := await self.report()).situation != seen.situation:
+                return now
+            await asyncio.sleep(0.01)
+        return await self.report()
 
     async def stop(self) -> None:
-        self._alive()
+        await self._alive()
         self.stopped = True
 
 
@@ -117,26 +235,47 @@ class FakeHands:
         self.faults = Faults()
         self.owners: list[FakeOwner] = []
         self.workers: list[FakeWorker] = []
-        self._nodes = list(nodes)
-        self._now_s = 0.0
+        self.state: bytes | None = None
+        self.alive = list(nodes)
 
     async def nodes(self) -> list[NodeInfo]:
-        return self._nodes
+        return self.alive
 
-    async def start_owner(self, node: str, config: OwnerConfig) -> FakeOwner:
+    async def start_owner(self, node: str, config: OwnerConfig, adopt_from: str | None = None) -> FakeOwner:
         await self.faults.met("start_owner")
-        self.owners.append(FakeOwner(config, self.faults))
-        return self.owners[-1]
+        owner = FakeOwner(config, self.faults)
+        if adopt_from is not None:
+            before = next(o for o in reversed(self.owners) if o.config_.name == config.name)
+            owner.extents, owner.next_page = before.extents, before.next_page
+        self.owners.append(owner)
+        return owner
 
     async def start_worker(self, node: str, config: WorkerConfig) -> FakeWorker:
         await self.faults.met("start_worker")
         self.workers.append(FakeWorker(config, self.faults, len(self.workers)))
         return self.workers[-1]
 
+    async def existing(self) -> Existing:
+        owners = {o.config_.name: o for o in self.owners if not o.dead}
+        return Existing(owners, {w.config.name: ("here", w) for w in self.workers if not w.dead})
+
+    async def kill(self, name: str) -> None:
+        for process in (*self.owners, *self.workers):
+            if name in (getattr(process, "config_", None) or process.config).name:
+                process.dead = True
+
     async def open_store(self) -> tuple[str, int]:
         await self.faults.met("open_store")
         return "10.0.0.1", 5555
 
+    async def save(self, state: bytes) -> None:
+        self.state = state
+
+    async def load(self) -> bytes | None:
+        return self.state
+
+    async def forget(self) -> None:
+        self.state = None
+
     def now_s(self) -> float:
-        self._now_s += 0.001
-        return self._now_s
+        return time.monotonic()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from concertina.errors import OperatorError
-from concertina.orchestrator.config import DeploymentConfig, EndpointOptions, EngineOptions, parse_bytes
+from concertina.orchestrator.config import DeploymentConfig, EndpointOptions, EngineOptions, parse_bytes, parse_seconds
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,6 +50,13 @@ def test_whole_numbers_are_bytes(n: int) -> None:
         ({"name": ""}, "name: ''"),
         ({"name": "-x"}, "name: '-x'"),
         ({"exchange_timeout_s": 0}, "exchange-timeout: 0"),
+        ({"hang_timeout_s": -1.0}, "hang-timeout: -1.0"),
+        ({"hang_timeout_s": float("nan")}, "hang-timeout: nan"),
+        ({"hang_timeout_s": float("inf")}, "hang-timeout: inf"),
+        ({"standbys": -1}, "standbys: -1"),
+        ({"rebalance_s": float("nan")}, "rebalance-interval: nan"),
+        ({"memory_mode": "both"}, "memory: 'both'; expected one of shared, separate"),
+        ({"token": "short"}, "token: expected at least 16"),
         ({"spare_slots": -1}, "spare-slots: -1"),
         ({"rebalance_s": -0.5}, "rebalance-interval: -0.5"),
         ({"engine": EngineOptions(max_batched_tokens=0)}, "max-batched-tokens: 0"),
@@ -66,6 +73,19 @@ def test_a_field_out_of_range_is_named(fields: dict[str, Any], says: str) -> Non
 def test_zero_is_not_the_same_as_nothing(option: str) -> None:
     with pytest.raises(OperatorError, match=re.escape(f"{option.replace('_', '-')}: 0")):
         DeploymentConfig("here", engine=EngineOptions(**{option: 0}))
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("60s", 60.0), ("1.5", 1.5), ("500 ms", 0.5), ("2m", 120.0), ("1H", 3600.0), ("0", 0.0)]
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-1s", "1d", "1m30s", "inf", "nan", "1e3"])
+def test_what_is_no_duration_is_named(text: str) -> None:
+    with pytest.raises(OperatorError, match=re.escape(repr(text))):
+        parse_seconds(text)
 
 
 def test_secrets_are_not_shown() -> None:

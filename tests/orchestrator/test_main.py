@@ -64,7 +64,8 @@ def test_options_become_the_configuration(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("concertina.orchestrator.serving.serve_until_stopped", lambda *args: seen.append(args))
     options = "--workers 3 --device-memory 1GiB --exchange gloo --max-model-len 99 --no-prefix-caching --port 81"
     keys = "--api-key a --api-key b --served-model-name m --threads 2 --address local"
-    done = CliRunner().invoke(serve.command, ["here", *options.split(), *keys.split()])
+    elastic = f"--memory separate --standbys 2 --hang-timeout 5 --token {'t' * 16}"
+    done = CliRunner().invoke(serve.command, ["here", *options.split(), *keys.split(), *elastic.split()])
     assert done.exit_code == 0, done.output
     ((config, address, verbose),) = seen
     assert (address, verbose) == ("local", False)
@@ -72,7 +73,20 @@ def test_options_become_the_configuration(monkeypatch: pytest.MonkeyPatch) -> No
     assert config.device_memory_bytes == 1 << 30
     assert (config.engine.max_model_len, config.engine.threads, config.engine.prefix_caching) == (99, 2, False)
     assert config.engine.chunked_prefill
+    assert (config.memory_mode, config.standbys, config.hang_timeout_s) == ("separate", 2, 5.0)
+    assert config.token == "t" * 16
     assert (config.endpoint.port, config.endpoint.api_keys, config.endpoint.model_name) == (81, ("a", "b"), "m")
+
+
+def test_without_a_token_it_makes_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("concertina.orchestrator.serving.serve_until_stopped", lambda *args: seen.append(args[0]))
+    monkeypatch.delenv("CONCERTINA_TOKEN", raising=False)
+    assert CliRunner().invoke(serve.command, ["here"]).exit_code == 0
+    monkeypatch.setenv("CONCERTINA_TOKEN", "e" * 20)
+    assert CliRunner().invoke(serve.command, ["here"]).exit_code == 0
+    assert len(seen[0].token) == 32
+    assert seen[1].token == "e" * 20
 
 
 def test_help_imports_neither_torch_nor_ray() -> None:

@@ -1,34 +1,49 @@
 """A process of the crew: holds one real `Worker` at a time and does as it is told through a pipe.
 
-``python -m tests.system.member DESCRIPTOR``; run from the repository's root.
+``python -m tests.system.member DESCRIPTOR``; run from the repository's root. Calls run side by side, as an actor's do.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 from multiprocessing.connection import Connection
 
 from concertina.errors import ConcertinaError
 from concertina.workers.worker import Worker
 
 
-def main() -> None:
-    pipe: Connection = Connection(int(sys.argv[1]))
-    worker: Worker | None = None
-    while True:
-        try:
-            name, args = pipe.recv()
-        except EOFError:  # the test's process has ended
-            return
-        try:
+class Desk:
+    """Takes calls and sends their answers, each with the call's number."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._lock = threading.Lock()
+        self._worker: Worker | None = None
+
+    def serve(self) -> None:
+        while True:
+            try:
+                number, name, args = self._pipe.recv()
+            except EOFError:  # the test's process has ended
+                return
             if name == "hire":
-                worker, answer = Worker(*args), None
+                self._worker = Worker(*args)
+                self._send(number, None)
             else:
-                answer = getattr(worker, name)(*args)
+                threading.Thread(target=self._call, args=(self._worker, number, name, args), daemon=True).start()
+
+    def _call(self, worker: Worker | None, number: int, name: str, args: tuple[object, ...]) -> None:
+        try:
+            answer = getattr(worker, name)(*args)
         except ConcertinaError as e:
             answer = e
-        pipe.send(answer)
+        self._send(number, answer)
+
+    def _send(self, number: int, answer: object) -> None:
+        with self._lock:
+            self._pipe.send((number, answer))
 
 
 if __name__ == "__main__":
-    main()
+    Desk(Connection(int(sys.argv[1]))).serve()

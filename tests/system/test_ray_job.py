@@ -164,7 +164,7 @@ def test_a_job_serves_until_it_is_stopped(head: Head, tmp_path: Path, form: list
     found = json.loads(shown.stdout)
     assert [w["state"] for w in found["workers"]] == ["serving", "serving"]
     assert sum(w["generated_tokens"] for w in found["workers"]) == 12
-    assert {"ControllerService", "WorkerService", "OwnerService"} <= set(head.alive_actors())
+    assert {"ControllerService", "WorkerActor", "OwnerActor"} <= set(head.alive_actors())
     pids = [w["pid"] for w in found["workers"]]
     head.ray("job", "stop", job)
     wait_for(lambda: head.alive_actors() == [], lambda: f"alive: {head.alive_actors()}")

@@ -13,7 +13,7 @@ import pytest
 import ray
 from concertina.orchestrator import remote
 from concertina.orchestrator.config import NAMESPACE, DeploymentConfig, EngineOptions
-from concertina.orchestrator.controller_actor import ControllerService
+from concertina.orchestrator.controller_actor import launch
 from concertina.orchestrator.status import DeploymentStatus
 from concertina.workers.client import WorkerClient
 from concertina.workers.protocol import EngineRequest, SamplingParams
@@ -45,8 +45,7 @@ def all_on_the_first_device(checkpoint: Path, path: Path) -> Path:
 
 
 def start(config: DeploymentConfig) -> Any:
-    name = remote.controller_name(config.name)
-    actor: Any = ray.remote(ControllerService).options(name=name, num_cpus=0).remote(config)
+    actor = launch(config)
     remote.ask(actor.start.remote())
     return actor
 
@@ -67,7 +66,7 @@ async def greedy(clients: list[WorkerClient], tag: str) -> list[list[int]]:
 async def run(config: DeploymentConfig, actor: Any) -> tuple[set[int], DeploymentStatus]:
     """Generations seen while the same requests come again and again, each time with the same answer."""
     members = remote.ask(actor.members.remote())
-    clients = [await WorkerClient.connect(m.host, m.port, config.token) for m in members]
+    clients = [await WorkerClient.connect(m.host, m.port, config.token) for m in members.workers]
     first = await greedy(clients, "first")
     assert all(len(tokens) == NEW_TOKENS for tokens in first)
     seen, end_s = set(), time.monotonic() + 60

@@ -1,0 +1,178 @@
+"""What the controller knows of its processes: who lives, what they hold and last said. Knows no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field, replace
+
+from ..errors import InternalError
+from ..workers.owner import OwnerConfig
+from ..workers.pages.transfer import PageSource
+from ..workers.roles import WorkerReport
+from .core.facts import Effect, Fault, PoolFact, Snapshot, WorkerFact
+from .hands import Hands, NodeInfo, OwnerHandle, WorkerHandle
+
+_log = logging.getLogger(__name__)
+_WATCH_S = 10.0
+_PATIENCE_S = 0.25  # for the answer of a worker, before a decision is made without it
+
+
+@dataclass(slots=True)
+class Pool:
+    """A memory owner, and the extents it had when it was last asked."""
+
+    node: str
+    config: OwnerConfig
+    handle: OwnerHandle
+    source: PageSource
+    pages: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(slots=True)
+class Member:
+    """A worker, what it last said, and where it takes requests."""
+
+    name: str
+    node: str
+    handle: WorkerHandle
+    report: WorkerReport
+    address: tuple[str, int] | None = None
+    asked: asyncio.Task[None] | None = None
+    asked_s: float = 0.0
+
+    def fact(self, now_s: float, hang_s: float) -> WorkerFact:
+        report, late_s = self.report, now_s - self.asked_s if self.asked is not None else 0.0
+        failed = report.failed or (f"gave no answer for {late_s:.0f} s" if late_s > hang_s else "")
+        return WorkerFact(
+            self.node,
+            report.prepared,
+            report.serving,
+            report.parked,
+            report.retired,
+            report.device,
+            report.kv_blocks,
+            failed,
+            stale=self.asked is not None,
+        )
+
+
+@dataclass(slots=True)
+class Cluster:
+    """Nodes, owners and workers of one deployment; dead ones vanish by themselves.
+
+    Parameters
+    ----------
+    hands : Hands
+    hang_s : float
+        A worker without an answer for so long has failed.
+    changed : callable
+        Called when somebody died or said something new.
+    """
+
+    hands: Hands
+    hang_s: float
+    changed: Callable[[], None]
+    nodes: dict[str, NodeInfo] = field(default_factory=dict)
+    pools: dict[str, Pool] = field(default_factory=dict)
+    workers: dict[str, Member] = field(default_factory=dict)
+    store: tuple[str, int] | None = None
+    _watches: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def add_pool(self, name: str, node: str, handle: OwnerHandle) -> Pool:
+        """Take note of an owner that lives."""
+        config, source, pages = await asyncio.gather(handle.config(), handle.source(), handle.pages())
+        self.pools[name] = pool = Pool(node, config, handle, source, pages)
+        self._watch(self._watch_owner(name, pool))
+        return pool
+
+    async def add_worker(self, name: str, node: str, handle: WorkerHandle) -> Member:
+        """Take note of a worker that lives."""
+        self.workers[name] = member = Member(name, node, handle, await handle.report())
+        self._watch(self._watch_worker(member))
+        return member
+
+    async def refresh(self, pool: str) -> None:
+        """Ask an owner for its extents."""
+        known = self.pools[pool]
+        known.pages = await known.handle.pages()
+
+    async def look(self, busy: frozenset[Effect], errors: Mapping[Effect, Fault]) -> Snapshot:
+        """Ask every worker; one that does not answer at once is taken at its last word."""
+        for member in self.workers.values():
+            if member.asked is None:
+                member.asked_s = self.hands.now_s()
+                member.asked = asyncio.create_task(self._ask(member))
+        asked = [member.asked for member in self.workers.values() if member.asked is not None]
+        if asked:
+            await asyncio.wait(asked, timeout=_PATIENCE_S)
+        now_s = self.hands.now_s()
+        return Snapshot(
+            nodes=frozenset(self.nodes),
+            pools={name: PoolFact(p.node, p.source.address, p.pages) for name, p in self.pools.items()},
+            workers={name: m.fact(now_s, self.hang_s) for name, m in self.workers.items()},
+            store=self.store,
+            busy=busy,
+            errors=dict(errors),
+            now_s=now_s,
+        )
+
+    async def look_at_nodes(self) -> None:
+        self.nodes = {node.id: node for node in await self.hands.nodes()}
+
+    def forget_worker(self, name: str) -> None:
+        self.workers.pop(name, None)
+
+    def close(self) -> None:
+        for task in self._watches:
+            task.cancel()
+
+    async def _ask(self, member: Member) -> None:
+        try:
+            member.report = await member.handle.report()
+            if member.report.serving and member.address is None:
+                member.address = await member.handle.address()
+            if not member.report.serving and not member.report.retired:
+                member.address = None
+        except InternalError as e:
+            self._lost(member, e)
+        except Exception as e:  # noqa: BLE001 - a worker that cannot say how it is is replaced
+            _log.exception("worker %s: no report", member.name)
+            member.report = replace(member.report, failed=f"{type(e).__name__}: {e}")
+        finally:
+            member.asked = None
+
+    async def _watch_worker(self, member: Member) -> None:
+        while self.workers.get(member.name) is member:
+            seen = member.report
+            try:
+                told = await member.handle.watch(seen, _WATCH_S)
+            except InternalError as e:
+                self._lost(member, e)
+                return
+            if told.situation != seen.situation:
+                member.report = told
+                self.changed()
+
+    def _lost(self, member: Member, error: InternalError) -> None:
+        if self.workers.get(member.name) is member:
+            _log.warning("worker lost: %s", error)
+            del self.workers[member.name]
+            self.changed()
+
+    async def _watch_owner(self, name: str, pool: Pool) -> None:
+        while self.pools.get(name) is pool:
+            try:
+                await pool.handle.wait(_WATCH_S)
+            except InternalError as e:
+                if self.pools.get(name) is pool:
+                    _log.warning("memory owner lost: %s", e)
+                    del self.pools[name]
+                    self.changed()
+                return
+
+    def _watch(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._watches.add(task)
+        task.add_done_callback(self._watches.discard)

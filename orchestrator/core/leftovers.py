@@ -1,0 +1,108 @@
+"""What no generation needs any more, and what a serving one should have beside itself. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ...workers.generation import LEDGER_KEY, kv_key
+from .facts import Abandon, Commit, Effect, Free, HandOver, ResizeKV, Snapshot, StartWorker, StopWorker
+from .health import kv_sizes, usable
+from .state import Record, State
+
+_KV = kv_key("")
+
+
+def leftovers(state: State, snapshot: Snapshot) -> Iterator[Effect]:
+    """Steps towards nothing being there that the serving generation does not need. None is left when it is so."""
+    yield from strays(state, snapshot)
+    yield from _hand_overs(state, snapshot)
+    assert state.serving is not None
+    yield from unneeded(snapshot, state.serving)
+
+
+def strays(state: State, snapshot: Snapshot) -> Iterator[Effect]:
+    """Workers that still have to do with generations other than the one that serves and the one that is coming."""
+    assert state.serving is not None
+    coming = state.pending.record.id if state.pending is not None else 0
+    for worker, fact in sorted(snapshot.workers.items()):
+        if fact.failed:
+            continue
+        yield from (Abandon(worker, g) for g in sorted(fact.prepared - {coming}))
+        if worker in state.serving.workers or fact.serving == coming:
+            continue
+        if fact.serving > state.serving.id:
+            yield StopWorker(worker)  # it came to a generation that was withdrawn before anybody else did
+        elif fact.parked:
+            yield Commit(worker, state.serving.id)  # it missed the switch: it has no part in it, and retires
+
+
+def _hand_overs(state: State, snapshot: Snapshot) -> Iterator[Effect]:
+    """KV of devices that have left, each with an heir."""
+    assert state.serving is not None
+    layout = state.serving.layout
+    left: dict[str, str] = {}
+    for worker, fact in sorted(snapshot.workers.items()):
+        if worker not in state.serving.workers and fact.retired and not fact.failed:
+            left[fact.device] = ""
+    for pool, pool_fact in sorted(snapshot.pools.items()):
+        for key in sorted(pool_fact.pages):
+            if key.startswith(_KV) and key.removeprefix(_KV) not in layout.devices:
+                left[key.removeprefix(_KV)] = pool
+    running = {f.device for f in snapshot.workers.values() if f.serving and not f.failed}
+    under_way = {e.device for e in snapshot.busy if isinstance(e, HandOver)}
+    for device, pool in sorted(left.items()):
+        if device in running - set(layout.devices) or device in under_way:
+            continue  # it has not left yet, or what is left of it is on its way
+        yield HandOver(device, pool, _heir(state.serving, device, pool, snapshot))
+
+
+def _heir(serving: Record, device: str, pool: str, snapshot: Snapshot) -> str:
+    """A worker of the same node if there is one. Several devices are shared out, the same way whenever it is asked."""
+    node = snapshot.pools[pool].node if pool else ""
+    near = [w for seat, w in zip(serving.layout.seats, serving.workers, strict=True) if seat.node == node]
+    candidates = near or serving.workers
+    return candidates[sum(device.encode()) % len(candidates)]
+
+
+def unneeded(snapshot: Snapshot, *records: Record) -> Iterator[Free]:
+    """Extents, except KV, that none of these generations needs."""
+    wanted = [record.layout.extents(record.id) for record in records]
+    for pool, fact in sorted(snapshot.pools.items()):
+        keep = {request.key for extents in wanted for request in extents.get(pool, ())}
+        gone = sorted(k for k in fact.pages if k not in keep and k != LEDGER_KEY and not k.startswith(_KV))
+        if gone:
+            yield Free(pool, tuple(gone))
+
+
+def resizes(state: State, snapshot: Snapshot) -> Iterator[Effect]:
+    """KV caches that are smaller or larger than the layout says, or whose extent is: something was left half done."""
+    for kv in kv_sizes(state, snapshot):
+        fact = usable(snapshot, kv.worker)
+        if fact is not None and (fact.kv_blocks, kv.pages) != (kv.target, kv.target_pages):
+            yield ResizeKV(kv.worker, kv.target)
+
+
+def yields(state: State, snapshot: Snapshot) -> Iterator[Effect]:
+    """KV that must be given up before experts come."""
+    for kv in kv_sizes(state, snapshot) if state.serving is not None else ():
+        fact = usable(snapshot, kv.worker)
+        if fact is None and kv.pages > kv.target_pages:
+            yield Free(kv.pool, (kv_key(kv.device),))  # nobody is left to choose what to keep
+        elif fact is not None and (fact.kv_blocks > kv.target or kv.pages > kv.target_pages):
+            yield ResizeKV(kv.worker, kv.target)
+
+
+def standbys(state: State, snapshot: Snapshot) -> tuple[State, list[Effect]]:
+    """Keep so many idle workers on every node that serves; stop those that are too many."""
+    assert state.serving is not None
+    effects: list[Effect] = []
+    for node in sorted({*state.serving.layout.nodes, *(f.node for f in snapshot.workers.values())}):
+        idle = sorted(w for w, f in snapshot.workers.items() if f.idle and f.node == node)
+        coming = sum(isinstance(e, StartWorker) and e.node == node for e in snapshot.busy)
+        want = state.standbys if node in state.serving.layout.nodes and node in snapshot.nodes else 0
+        effects += [StopWorker(w) for w in idle[want:]]
+        for _ in range(want - len(idle) - coming):
+            effects.append(StartWorker(f"worker-{state.next_worker}", node))
+            state = replace(state, next_worker=state.next_worker + 1)
+    return state, effects

@@ -1,0 +1,86 @@
+"""What is asked of a deployment: one operation at a time, the newest wins. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ...errors import OperatorError
+from .layout import Layout
+from .state import Operation, OperationKind, Outcome, Stage, State
+
+_KEPT = 50
+
+
+def request(state: State, kind: OperationKind, text: str, route: tuple[Layout, ...], now_s: float) -> State:
+    """Ask for a layout.
+
+    If the operation under way goes there, it is that one. Otherwise it is superseded: before commit its generation is
+    withdrawn; after that, the new one follows it. Being there already is a new operation that is done at once.
+    """
+    current = state.operation
+    if current is not None and current.goal == route[-1]:
+        return state
+    if current is not None:
+        state = _drop(state, "superseded", f"by {kind} {text}", now_s)
+    operation = Operation(f"op-{state.next_operation}", kind, text, route, now_s)
+    if state.pending is None and state.serving is not None and state.serving.layout == route[-1]:
+        operation = replace(operation, outcome="done", reason="nothing to do", committed_s=now_s, ended_s=now_s)
+    operations = (*state.operations, operation)[-_KEPT:]
+    return replace(state, operations=operations, next_operation=state.next_operation + 1, attempts=0)
+
+
+def cancel(state: State, operation_id: str, now_s: float) -> State:
+    """Give an operation up.
+
+    Raises
+    ------
+    OperatorError
+        There is no such operation, it has ended, or its generation is being committed.
+    """
+    current = state.operation
+    if current is None or current.id != operation_id:
+        found = next((o for o in state.operations if o.id == operation_id), None)
+        if found is None:
+            known = ", ".join(o.id for o in state.operations[-5:]) or "none"
+            raise OperatorError(f"operation: {operation_id!r} is unknown; the latest are: {known}")
+        raise OperatorError(f"operation: {operation_id} has ended already ({found.outcome})")
+    if current.committed_s or (state.pending is not None and state.pending.stage is Stage.COMMIT):
+        raise OperatorError(f"operation: {operation_id} is being committed; ask for another size instead")
+    return _drop(state, "canceled", "as asked", now_s)
+
+
+def end(state: State, outcome: Outcome, reason: str, now_s: float) -> State:
+    """Note what became of the operation under way, if there is one."""
+    if state.operation is None:
+        return state
+    ended = replace(state.operation, outcome=outcome, reason=reason, ended_s=now_s)
+    return replace(state, operations=(*state.operations[:-1], ended))
+
+
+def committed(state: State, now_s: float) -> State:
+    """Note that the operation's goal serves."""
+    operation, serving = state.operation, state.serving
+    if operation is None or operation.committed_s or serving is None or serving.layout != operation.goal:
+        return state
+    return replace(state, operations=(*state.operations[:-1], replace(operation, committed_s=now_s)))
+
+
+def next_layout(state: State) -> Layout | None:
+    """Where the operation under way goes next; None if there is none, or its goal serves."""
+    operation, serving = state.operation, state.serving
+    if operation is None:
+        return None
+    if serving is None:
+        return operation.route[0]
+    if serving.layout == operation.goal:
+        return None
+    at = operation.route.index(serving.layout) + 1 if serving.layout in operation.route else 0
+    return operation.route[at]
+
+
+def _drop(state: State, outcome: Outcome, reason: str, now_s: float) -> State:
+    state = end(state, outcome, reason, now_s)
+    pending = state.pending
+    if pending is None or pending.recovery or pending.stage is Stage.COMMIT:
+        return state
+    return replace(state, pending=replace(pending, doomed=f"{outcome} {reason}"))

@@ -1,0 +1,73 @@
+"""Whether a layout fits the memory of its nodes. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ..errors import OperatorError
+from .core.layout import Layout
+from .hands import NodeInfo
+
+_MIB = 1 << 20
+_MOST_PAGES = 1 << 20  # an owner's books grow with the pool: tens of megabytes and milliseconds at this many
+_UNKNOWN_BYTES = 1 << 36  # taken for a node of unknown memory
+_EXCHANGES = 2  # of the generation that serves and of the one that is coming
+
+
+def address_pages(nodes: Iterable[NodeInfo], page_bytes: int) -> int:
+    """Pages of a node's pool: twice as many as the biggest node could ever hold, since a pool never grows.
+
+    A page costs memory only once it is used; the pool's books, and what waits to be freed, have pages too.
+    """
+    most = max(node.available_bytes or _UNKNOWN_BYTES for node in nodes)
+    return min(_MOST_PAGES, 2 * most // page_bytes)
+
+
+def held_experts(layouts: Sequence[Layout], node: str) -> dict[str, set[tuple[int, int]]]:
+    """Experts in each pool of a node that any of the layouts needs; a pool has one copy of an expert."""
+    held: dict[str, set[tuple[int, int]]] = {}
+    for layout in layouts:
+        for rank, seat in enumerate(layout.seats):
+            if seat.node == node:
+                held.setdefault(layout.device_pool(rank), set()).update(layout.experts_of(rank))
+    return held
+
+
+def node_use(layout: Layout, node: str, before: Layout | None = None) -> dict[str, int]:
+    """Pages that a layout uses on a node, by what for; with ``before``, while that one's experts are still there."""
+    ranks = [rank for rank, seat in enumerate(layout.seats) if seat.node == node]
+    held = held_experts([layout, before] if before else [layout], node)
+    return {
+        "experts": sum(map(len, held.values())) * layout.memory.expert_pages,
+        "KV cache": sum(layout.kv_blocks(rank) for rank in ranks) * layout.memory.kv_block_pages,
+        "trunk": layout.memory.trunk_pages,
+        "exchange": _EXCHANGES * layout.exchange_pages if node == layout.nodes[0] else 0,
+    }
+
+
+def check_nodes(layout: Layout, nodes: Iterable[NodeInfo], before: Layout | None = None) -> None:
+    """Refuse a layout whose devices together want more than one of their nodes has.
+
+    A node of unknown memory (0 bytes) is not checked.
+
+    Raises
+    ------
+    OperatorError
+        Names the node, what is needed and what there is.
+    """
+    available = {node.id: node.available_bytes for node in nodes}
+    for node in layout.nodes:
+        use = node_use(layout, node, before)
+        needed = sum(use.values()) * layout.memory.page_bytes
+        if 0 < available.get(node, 0) < needed:
+            parts = ", ".join(f"{what} {_mib(pages, layout)}" for what, pages in use.items())
+            workers = sum(seat.node == node for seat in layout.seats)
+            raise OperatorError(
+                f"memory: {workers} workers need {needed / _MIB:.1f} MiB of node {node} ({parts}), "
+                f"which has {available[node] / _MIB:.1f} MiB; "
+                "use fewer workers, more nodes or a smaller --device-memory"
+            )
+
+
+def _mib(pages: int, layout: Layout) -> str:
+    return f"{pages * layout.memory.page_bytes / _MIB:.1f}"

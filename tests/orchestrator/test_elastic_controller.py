@@ -1,0 +1,303 @@
+"""The controller's shell over hands in memory: growing, shrinking, and every kind of loss."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from concertina.errors import InternalError, OperatorError
+from concertina.orchestrator.config import DeploymentConfig
+from concertina.orchestrator.controller import Controller
+from concertina.orchestrator.hands import NodeInfo
+from concertina.orchestrator.preview import Preview
+from concertina.orchestrator.status import OperationStatus
+
+from ..checkpoints import make_checkpoint
+from .fake_hands import FakeHands, FakeWorker
+
+LIMIT_S = 20.0
+HERE, THERE = NodeInfo("here", "127.0.0.1", 4, 1 << 30), NodeInfo("there", "10.0.0.2", 4, 1 << 30)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("mixtral", tmp_path_factory.mktemp("mixtral"))
+
+
+@asynccontextmanager
+async def controlled(checkpoint: Path, workers: int, *nodes: NodeInfo, **fields: Any) -> AsyncIterator[Any]:
+    hands = FakeHands(*(nodes or (HERE,)))
+    config = DeploymentConfig(str(checkpoint), workers, **{"standbys": 0, **fields})
+    controller = Controller(config, hands)
+    try:
+        await asyncio.wait_for(controller.start(), LIMIT_S)
+        yield controller, hands, config.token
+    finally:
+        await controller.stop()
+
+
+async def until(holds: Callable[[], Any], what: str = "") -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+async def devices(controller: Controller) -> list[str]:
+    return [address.device for address in (await controller.members()).workers if not address.draining]
+
+
+def serving(hands: FakeHands) -> list[FakeWorker]:
+    return [worker for worker in hands.workers if worker.serving and not worker.dead]
+
+
+async def done(controller: Controller, token: str, operation: OperationStatus | Preview) -> OperationStatus:
+    assert isinstance(operation, OperationStatus)
+    ended = await controller.operation(token, operation.id, LIMIT_S)
+    assert ended.state != "running", ended
+    return ended
+
+
+def test_up_and_down_by_any_step(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 1) as (controller, hands, token):
+            before = (await controller.status()).workers[0].load
+            for size in (2, 3, 1, 4, 1, 4):
+                ended = await done(controller, token, await controller.scale(token, size))
+                assert (ended.state, ended.reason) == ("done", ""), ended
+                assert await devices(controller) == [f"cpu-{i}" for i in range(size)]
+                status = await controller.status()
+                assert [w.device for w in status.workers] == [f"cpu-{i}" for i in range(size)]
+                (pool,) = status.pools
+                assert sum(pool.by_purpose.values()) == pool.pages
+                kept = {key for key in hands.owners[0].extents if key.startswith("kv/")}
+                assert kept == {f"kv/cpu-{i}" for i in range(size)}
+            assert len(serving(hands)) == 4
+            assert before is not None
+            assert [o.state for o in status.operations] == ["done"] * 7
+
+    asyncio.run(go())
+
+
+def test_the_same_target_is_the_same_operation_and_being_there_is_done(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 1) as (controller, _, token):
+            first, again = await controller.scale(token, 2), await controller.scale(token, 2)
+            assert first.id == again.id
+            await done(controller, token, first)
+            there = await controller.scale(token, 2)
+            assert (there.state, there.reason) == ("done", "nothing to do")
+
+    asyncio.run(go())
+
+
+def test_a_newer_target_supersedes_and_cancel_undoes(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 1) as (controller, hands, token):
+            hands.faults.held.add("prepare")
+            first = await controller.scale(token, 2)
+            second = await controller.scale(token, 3)
+            assert (await controller.operation(token, first.id)).state == "superseded"
+            hands.faults.held.clear()
+            assert (await done(controller, token, second)).state == "done"
+            hands.faults.held.add("prepare")
+            third = await controller.scale(token, 4)
+            await until(lambda: controller._state.pending)
+            assert (await controller.cancel(token, third.id)).state == "canceled"
+            hands.faults.held.clear()
+            await asyncio.sleep(0.3)
+            assert await devices(controller) == ["cpu-0", "cpu-1", "cpu-2"]
+            with pytest.raises(OperatorError, match="has ended already"):
+                await controller.cancel(token, third.id)
+            with pytest.raises(OperatorError, match="unknown"):
+                await controller.cancel(token, "op-99")
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("call", ["scale", "rebalance", "drain", "cancel", "operation"])
+def test_without_the_token_nothing_is_done(checkpoint: Path, call: str) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 2) as (controller, _, _):
+            argument: dict[str, tuple[Any, ...]] = {"scale": (1,), "rebalance": ()}
+            with pytest.raises(OperatorError, match="token"):
+                await getattr(controller, call)("x" * 32, *argument.get(call, ("cpu-0",)))
+            assert len((await controller.status()).operations) == 1
+
+    asyncio.run(go())
+
+
+def test_what_does_not_fit_is_refused_and_nothing_changes(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 2) as (controller, _, token):
+            for call, says in (
+                (controller.scale(token, 0), "workers: 0"),
+                (controller.drain(token, "cpu-9"), "cpu-9"),
+                (controller.scale(token, 100_000), "workers: 100000; expected at most 64"),
+            ):
+                with pytest.raises(OperatorError, match=says):
+                    await call
+            assert len(await devices(controller)) == 2
+            assert isinstance(await controller.scale(token, 3, dry_run=True), Preview)
+            assert len((await controller.status()).operations) == 1
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("call", ["fill", "prepare", "commit"])
+def test_a_transition_that_fails_is_rolled_back(checkpoint: Path, call: str) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 2) as (controller, hands, token):
+            hands.faults.errors[call] = InternalError("a cable came loose")
+            ended = await done(controller, token, await controller.scale(token, 3))
+            if call == "commit":  # who cannot commit is as good as lost
+                hands.faults.errors.clear()
+            assert (ended.state, ended.reason) == ("failed", "a cable came loose")
+            hands.faults.errors.clear()
+            assert await devices(controller) == ["cpu-0", "cpu-1"]
+            assert (await done(controller, token, await controller.scale(token, 3))).state == "done"
+
+    asyncio.run(go())
+
+
+def test_devices_that_never_come_fail_the_operation(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 1) as (controller, hands, token):
+            hands.faults.errors["start_worker"] = InternalError("no process was started")
+            ended = await done(controller, token, await controller.scale(token, 2))
+            assert (ended.state, ended.reason) == ("failed", "no process was started")
+            assert await devices(controller) == ["cpu-0"]
+
+    asyncio.run(go())
+
+
+def test_a_killed_worker_is_replaced_on_its_device(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 2, standbys=1) as (controller, hands, _):
+            await until(lambda: len(hands.workers) == 3)
+            killed, peer, standby = hands.workers[1], hands.workers[0], hands.workers[2]
+            killed.dead = True
+            await until(lambda: controller._members.awaited)
+            assert await devices(controller) == ["cpu-0"]
+            peer.parked = "PeerLost"
+            await until(lambda: standby.serving and peer.serving == standby.serving)
+            await until(lambda: not controller._members.awaited)
+            assert standby.device == "cpu-1"
+            assert await devices(controller) == ["cpu-0", "cpu-1"]
+            await until(lambda: len(hands.workers) == 4)  # the next standby
+            controller.check()
+
+    asyncio.run(go())
+
+
+def test_a_hung_worker_is_killed_and_replaced(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 2, hang_timeout_s=0.2) as (_, hands, _):
+            hands.workers[1].hangs = True
+            await until(lambda: hands.workers[1].dead)
+            hands.workers[0].parked = "PeerLost"
+            await until(lambda: len(serving(hands)) == 2)
+            assert serving(hands)[1].device == "cpu-1"
+
+    asyncio.run(go())
+
+
+def test_a_failed_engine_is_replaced_and_one_that_keeps_failing_ends_it(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 1) as (controller, hands, _):
+            hands.faults.errors["engine"] = RuntimeError("NaN everywhere")
+            await until(lambda: controller._state.failure)
+            assert "RuntimeError: NaN everywhere" in controller._state.failure
+            assert (await controller.members()).workers == ()
+
+    asyncio.run(go())
+
+
+def test_a_killed_owner_is_replaced_by_one_that_adopts(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 2) as (controller, hands, token):
+            held = dict(hands.owners[0].extents)
+            hands.owners[0].dead = True
+            await until(lambda: len(hands.owners) == 2)
+            await until(lambda: "node/here" in controller._cluster.pools)
+            assert hands.owners[1].extents == held
+            assert len(await devices(controller)) == 2
+            assert (await done(controller, token, await controller.scale(token, 3))).state == "done"
+
+    asyncio.run(go())
+
+
+def test_everything_killed_comes_back_from_the_checkpoint(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 2) as (controller, hands, _):
+            for process in (*hands.owners, *hands.workers):
+                process.dead = True
+            await until(lambda: len(serving(hands)) == 2)
+            assert len(hands.owners) == 2
+            assert hands.owners[1].loaded == hands.owners[0].loaded
+            await until(lambda: len(controller._members.workers) == 2)
+
+    asyncio.run(go())
+
+
+def test_a_node_that_is_gone_leaves_its_experts_to_the_others(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 2, HERE, THERE) as (controller, hands, _):
+            hands.alive = [HERE]
+            for process in (hands.owners[1], hands.workers[1]):
+                process.dead = True
+            hands.workers[0].parked = "PeerLost"
+            await until(lambda: hands.workers[0].serving > 1)
+            await until(lambda: len(controller._members.workers) == 1)
+            status = await controller.status()
+            assert [w.device for w in status.workers] == ["cpu-0"]
+            assert set(status.workers[0].experts_per_layer) == {5}
+
+    asyncio.run(go())
+
+
+def test_a_drained_device_goes_and_its_kv_has_an_heir(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 3) as (controller, hands, token):
+            ended = await done(controller, token, await controller.drain(token, "cpu-1"))
+            assert ended.state == "done"
+            assert await devices(controller) == ["cpu-0", "cpu-2"]
+            assert hands.workers[1].released_to in ("cpu-0", "cpu-2")
+
+    asyncio.run(go())
+
+
+def test_kv_that_cannot_be_handed_over_is_let_go(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 2) as (controller, hands, token):
+            hands.faults.errors["adopt_kv"] = InternalError("no answer")
+            ended = await done(controller, token, await controller.drain(token, "cpu-1", 5.0))
+            assert ended.state == "done"
+            assert hands.workers[1].released_to == ""
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("moment", ["steady", "growing"])
+def test_a_restarted_controller_goes_on(checkpoint: Path, moment: str) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 2) as (first, hands, token):
+            operation = await first.scale(token, 3) if moment == "growing" else None
+            await asyncio.sleep(0.02)
+            first._loop.cancel()
+            for task in first._busy.values():
+                task.cancel()
+            second = Controller(first._config, hands)
+            await second.resume()
+            await asyncio.wait_for(second.start(), LIMIT_S)
+            if operation is not None:
+                assert (await done(second, token, operation)).state == "done"
+            await until(lambda: len(second._members.workers) == (3 if operation else 2))
+            assert (await done(second, token, await second.scale(token, 1))).state == "done"
+            await second.stop()
+            hands.state = None
+
+    asyncio.run(go())

@@ -1,0 +1,172 @@
+"""Real workers in processes of their own, a real controller and router: random transitions and kills under load.
+
+Every stream is greedy in float32; its tokens must be those of a run in which nothing happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from signal import SIGSTOP
+from typing import Any
+
+import pytest
+from concertina.orchestrator.config import EngineOptions
+from concertina.orchestrator.ingress.members import Member as IngressMember
+from concertina.orchestrator.ingress.members import connect_worker
+from concertina.orchestrator.ingress.router import Router
+from concertina.orchestrator.status import DeploymentStatus
+from concertina.workers.protocol import EngineRequest, SamplingParams
+
+from ..checkpoints import make_checkpoint
+from .crew import Deployment, Member, ProcessHands, deployed
+
+pytestmark = pytest.mark.ray  # several processes
+PROMPTS = [tuple((7 * k + i) % 250 for i in range(20 + 9 * k)) for k in range(6)]
+TOKENS = 48
+LIMIT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("olmoe", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def members() -> Iterator[list[Member]]:
+    crew = [Member() for _ in range(6)]
+    yield crew
+    for member in crew:
+        member.end()
+
+
+@dataclass
+class Load:
+    """Streams that never stop: each prompt again and again through a router, as the ingress does it."""
+
+    deployment: Deployment
+    token: str
+    router: Router = field(default_factory=lambda: Router(connect_worker))
+    reference: dict[int, list[int]] = field(default_factory=dict)
+    finished: int = 0
+    streaming: bool = True
+
+    async def follow(self) -> None:
+        seen = -1
+        while True:
+            listed = await self.deployment.controller.members(seen)
+            seen = listed.version
+            known = [
+                IngressMember(a.worker, a.host, a.port, self.token, 1.0, a.draining, a.device) for a in listed.workers
+            ]
+            self.router.update(known, listed.awaited)
+
+    async def answer(self, k: int) -> list[int]:
+        request = EngineRequest(f"r{k}", PROMPTS[k], SamplingParams(TOKENS, temperature=0.0, ignore_eos=True))
+        tokens: list[int] = []
+        async for output in self.router.stream(request):
+            tokens += output.token_ids
+        return tokens
+
+    async def client(self, k: int) -> None:
+        while self.streaming:
+            assert await self.answer(k) == self.reference[k], f"prompt {k}"
+            self.finished += 1
+
+
+@asynccontextmanager
+async def under_load(members: list[Member], checkpoint: Path, **fields: Any) -> AsyncIterator[Load]:
+    engine = EngineOptions(max_model_len=256, threads=1)
+    options = {"engine": engine, "workers": 2, "standbys": 1, "exchange_timeout_s": 5.0, "hang_timeout_s": 2.0}
+    async with deployed(members, checkpoint, **{**options, **fields}) as deployment:
+        load = Load(deployment, deployment.controller._config.token)
+        following = asyncio.create_task(load.follow())
+        try:
+            load.reference = {k: await load.answer(k) for k in range(len(PROMPTS))}
+            clients = [asyncio.create_task(load.client(k)) for k in range(len(PROMPTS))]
+            yield load
+            await until(lambda: load.finished > 2 * len(PROMPTS), clients)
+            load.streaming = False
+            await asyncio.wait_for(asyncio.gather(*clients), LIMIT_S)
+        finally:
+            following.cancel()
+            await load.router.close()
+
+
+async def until(holds: Callable[[], Any], clients: list[asyncio.Task[None]] | None = None) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while not holds():
+            for client in clients or []:
+                if client.done():
+                    client.result()
+            await asyncio.sleep(0.02)
+
+
+async def settled(load: Load, workers: int) -> DeploymentStatus:
+    """The deployment once one generation serves on so many workers, and nothing is left over."""
+    controller = load.deployment.controller
+    async with asyncio.timeout(LIMIT_S):
+        while True:
+            controller.check()
+            status = await controller.status()
+            states = [w.state for w in status.workers]
+            if status.phase == "serving" and states == ["serving"] * workers and not controller._busy:
+                break
+            await asyncio.sleep(0.05)
+    for pool in status.pools:
+        assert sum(pool.by_purpose.values()) == pool.pages
+    return status
+
+
+def kv_extents(hands: ProcessHands) -> set[str]:
+    return {key for owner in hands.owners.values() for key in owner.pages() if key.startswith("kv/")}
+
+
+@pytest.mark.parametrize("fields", [{}, {"exchange": "gloo"}, {"memory_mode": "separate"}], ids=str)
+def test_requests_do_not_notice_transitions(checkpoint: Path, members: list[Member], fields: dict[str, Any]) -> None:
+    async def go() -> None:
+        choose = random.Random(3)
+        async with under_load(members, checkpoint, **fields) as load:
+            controller, size = load.deployment.controller, 2
+            for _ in range(6):
+                size = choose.choice([n for n in (1, 2, 3, 4) if n != size])
+                operation = await controller.scale(load.token, size)
+                ended = await controller.operation(load.token, operation.id, LIMIT_S)
+                assert (ended.state, ended.reason) == ("done", ""), ended
+                await settled(load, size)
+                assert kv_extents(load.deployment.hands) == {f"kv/cpu-{i}" for i in range(size)}
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("fields", [{}, {"exchange": "gloo"}, {"memory_mode": "separate"}], ids=str)
+def test_requests_do_not_notice_kills(checkpoint: Path, members: list[Member], fields: dict[str, Any]) -> None:
+    async def go() -> None:
+        choose = random.Random(5)
+        async with under_load(members, checkpoint, **fields) as load:
+            hands, controller = load.deployment.hands, load.deployment.controller
+            for _ in range(5):
+                await settled(load, 2)
+                kind = choose.choice(["worker", "owner", "both", "hang"])
+                record = controller._state.serving
+                victim = choose.choice(record.workers)
+                if kind in ("worker", "both"):
+                    hands.workers[victim].kill()
+                    hands.idle.append(Member())
+                    members.append(hands.idle[-1])
+                if kind in ("owner", "both"):
+                    name = choose.choice(sorted(hands.owners))
+                    hands.owners.pop(name)._owner.close()
+                if kind == "hang":
+                    os.kill(hands.workers[victim].process.pid, SIGSTOP)
+                    hands.idle.append(Member())
+                    members.append(hands.idle[-1])
+                await until(lambda was=record.id, k=kind: k == "owner" or controller._state.serving.id > was)
+            await settled(load, 2)
+
+    asyncio.run(go())
