@@ -24,6 +24,7 @@ from .planning import Context, device_memory, exchange_kind, exchange_pages, nex
 from .room import check_nodes
 
 _TIME_LIMIT_S = 1.0  # the operator waits for it
+_MOST_PER_CORE = 16  # more could only be a slip, and planning for them would take long
 _PREFIX = "cpu-"
 _LEAST_NODE_PREFIX = 4  # characters of a node's id that name it, as the status shows
 
