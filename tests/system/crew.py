@@ -17,7 +17,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch.distributed as dist
 from concertina.errors import ConcertinaError, InternalError
@@ -37,7 +37,9 @@ _numbers = itertools.count(1)
 
 
 class Member:
-    """One process of `tests.system.member`. Calls may come from many threads."""
+    """One process of `tests.system.member`. Calls may come from many threads. ``all`` are those ever started."""
+
+    all: ClassVar[list[Member]] = []
 
     def __init__(self) -> None:
         self._pipe, theirs = Pipe()
@@ -49,6 +51,7 @@ class Member:
         self._numbers = itertools.count()
         self._answers: dict[int, Future[Any]] = {}
         self._ended = False
+        self.all.append(self)
         threading.Thread(target=self._read, daemon=True).start()
 
     def call(self, name: str, *args: Any, limit_s: float = ANSWER_S) -> Any:

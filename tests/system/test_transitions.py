@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from concertina.orchestrator.config import EngineOptions
+from concertina.orchestrator.core.facts import Commit, Effect, Fill, Free, HandOver, Prepare, ResizeKV
 from concertina.orchestrator.ingress.members import Member as IngressMember
 from concertina.orchestrator.ingress.members import connect_worker
 from concertina.orchestrator.ingress.router import Router
@@ -41,8 +42,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def members() -> Iterator[list[Member]]:
     crew = [Member() for _ in range(6)]
     yield crew
-    for member in crew:
+    for member in Member.all:
         member.end()
+    Member.all.clear()
 
 
 @dataclass
@@ -127,13 +129,17 @@ def kv_extents(hands: ProcessHands) -> set[str]:
     return {key for owner in hands.owners.values() for key in owner.pages() if key.startswith("kv/")}
 
 
-@pytest.mark.parametrize("fields", [{}, {"exchange": "gloo"}, {"memory_mode": "separate"}], ids=str)
+MODES = [{}, {"exchange": "gloo"}, {"memory_mode": "separate"}]
+TRANSITIONS = 10  # of each mode, and as many kills: more than 30 of both in all
+
+
+@pytest.mark.parametrize("fields", MODES, ids=str)
 def test_requests_do_not_notice_transitions(checkpoint: Path, members: list[Member], fields: dict[str, Any]) -> None:
     async def go() -> None:
         choose = random.Random(3)
         async with under_load(members, checkpoint, **fields) as load:
             controller, size = load.deployment.controller, 2
-            for _ in range(6):
+            for _ in range(TRANSITIONS + 1):
                 size = choose.choice([n for n in (1, 2, 3, 4) if n != size])
                 operation = await controller.scale(load.token, size)
                 ended = await controller.operation(load.token, operation.id, LIMIT_S)
@@ -144,29 +150,79 @@ def test_requests_do_not_notice_transitions(checkpoint: Path, members: list[Memb
     asyncio.run(go())
 
 
-@pytest.mark.parametrize("fields", [{}, {"exchange": "gloo"}, {"memory_mode": "separate"}], ids=str)
+def strike(load: Load, kind: str, choose: random.Random) -> None:
+    """Kill or stop a worker, an owner, or both."""
+    hands, record = load.deployment.hands, load.deployment.controller._state.serving
+    assert record is not None
+    victim = hands.workers[choose.choice(sorted(set(record.workers) & set(hands.workers)))]
+    if kind in ("worker", "both"):
+        victim.kill()
+    if kind == "hang":
+        os.kill(victim.process.pid, SIGSTOP)
+    if kind in ("owner", "both"):
+        hands.owners.pop(choose.choice(sorted(hands.owners)))._owner.close()
+    hands.idle.append(Member())
+
+
+@pytest.mark.parametrize("fields", MODES, ids=str)
 def test_requests_do_not_notice_kills(checkpoint: Path, members: list[Member], fields: dict[str, Any]) -> None:
     async def go() -> None:
         choose = random.Random(5)
         async with under_load(members, checkpoint, **fields) as load:
-            hands, controller = load.deployment.hands, load.deployment.controller
-            for _ in range(5):
+            controller = load.deployment.controller
+            for _ in range(TRANSITIONS + 1):
                 await settled(load, 2)
-                kind = choose.choice(["worker", "owner", "both", "hang"])
-                record = controller._state.serving
-                victim = choose.choice(record.workers)
-                if kind in ("worker", "both"):
-                    hands.workers[victim].kill()
-                    hands.idle.append(Member())
-                    members.append(hands.idle[-1])
-                if kind in ("owner", "both"):
-                    name = choose.choice(sorted(hands.owners))
-                    hands.owners.pop(name)._owner.close()
-                if kind == "hang":
-                    os.kill(hands.workers[victim].process.pid, SIGSTOP)
-                    hands.idle.append(Member())
-                    members.append(hands.idle[-1])
-                await until(lambda was=record.id, k=kind: k == "owner" or controller._state.serving.id > was)
+                kind, was = choose.choice(["worker", "worker", "owner", "both", "hang"]), controller._state.serving.id
+                strike(load, kind, choose)
+                await until(lambda was=was, k=kind: k == "owner" or controller._state.serving.id > was)
             await settled(load, 2)
 
     asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [(kind, MODES[0]) for kind in ("worker", "owner", "both", "hang")] + [("worker", MODES[1]), ("both", MODES[2])],
+    ids=str,
+)
+def test_a_kill_at_every_step_of_a_transition(
+    checkpoint: Path, members: list[Member], kind: str, fields: dict[str, Any]
+) -> None:
+    """Growing and shrinking between 2 and 3, struck when an effect of each kind begins; the target is reached."""
+
+    async def go() -> None:
+        choose = random.Random(7)
+        async with under_load(members, checkpoint, **fields) as load:
+            controller, size = load.deployment.controller, 2
+            for effect in (ResizeKV, Fill, Prepare, Commit, HandOver, Free):
+                size = 5 - size
+                await settled(load, 5 - size)
+                struck = strike_at(load, effect, lambda: strike(load, kind, choose))
+                operation = await controller.scale(load.token, size)
+                ended = await controller.operation(load.token, operation.id, LIMIT_S)
+                if ended.state == "failed":
+                    ended = await controller.operation(
+                        load.token, (await controller.scale(load.token, size)).id, LIMIT_S
+                    )
+                assert ended.state == "done", ended
+                struck()
+                await settled(load, size)
+                assert kv_extents(load.deployment.hands) == {f"kv/cpu-{i}" for i in range(size)}
+
+    asyncio.run(go())
+
+
+def strike_at(load: Load, kind: type[Effect], strike: Callable[[], None]) -> Callable[[], None]:
+    """Strike once when the next effect of this kind begins; returns what takes the trap away."""
+    deeds = load.deployment.controller._deeds
+    assert deeds is not None
+    real, armed = deeds.do, [True]
+
+    def do(effect: Effect) -> Awaitable[None]:
+        if armed and isinstance(effect, kind):
+            armed.clear()
+            strike()
+        return real(effect)
+
+    deeds.do = do  # type: ignore[method-assign]
+    return lambda: setattr(deeds, "do", real)
