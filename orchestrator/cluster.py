@@ -157,7 +157,7 @@ class Cluster:
 
     def _lost(self, member: Member, error: InternalError) -> None:
         if self.workers.get(member.name) is member:
-            _log.warning("worker lost: %s", error)
+            _log.warning("%s is lost: %s", member.name, str(error).removeprefix(f"{member.name}: "))
             del self.workers[member.name]
             self.changed()
 
@@ -167,7 +167,7 @@ class Cluster:
                 await pool.handle.wait(_WATCH_S)
             except InternalError as e:
                 if self.pools.get(name) is pool:
-                    _log.warning("memory owner lost: %s", e)
+                    _log.warning("memory owner %s is lost: %s", name, e)
                     del self.pools[name]
                     self.changed()
                 return

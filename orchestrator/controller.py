@@ -80,8 +80,9 @@ class Controller:
         self._busy: dict[Effect, asyncio.Task[None]] = {}
         self._errors: dict[Effect, Fault] = {}
         self._balancer: Balancer | None = None
-        self._members = MemberList(0)
+        self._members = MemberList(int(1000 * hands.now_s()))  # other versions than before a restart
         self._moved = Moved()
+        self._saving = asyncio.Lock()
         self._wake = asyncio.Event()
         self._changed = asyncio.Condition()
         self._loop: asyncio.Task[None] | None = None
@@ -101,7 +102,7 @@ class Controller:
             nodes = list(self._cluster.nodes.values())
             layout = plan_layout(self._config, model, nodes, self._hands.now_s)
             self._begin(model, layout)
-            self._ask("start", f"{len(layout.seats)} workers", (layout,))
+            await self._ask("start", f"{len(layout.seats)} workers", (layout,))
         async with self._changed:
             await self._changed.wait_for(lambda: self._state.failure or self._all_reachable())
         self.check()
@@ -199,12 +200,14 @@ class Controller:
         base, way = await self._plan(lambda now, c: resized(now, workers, c))
         if dry_run:
             return preview(base, way[-1], way, self._standbys())
-        return self._ask("scale", _change(base, way), way)
+        return await self._ask("scale", _change(base, way), way)
 
     async def rebalance(self, token: str) -> OperationStatus:
-        """Let experts go where the loads measured so far want them; raises like `scale`."""
+        """Let experts go where the loads measured so far want them; raises like `scale`, and without any loads."""
         self._admit(token)
-        return self._ask("rebalance", "for the measured loads", (await self._plan(rebalanced))[1])
+        if self._config.loads_file is None and (self._balancer is None or self._balancer.loads is None):
+            raise OperatorError("rebalance: too few tokens were routed so far to tell hot experts from cold ones")
+        return await self._ask("rebalance", "for the measured loads", (await self._plan(rebalanced))[1])
 
     async def drain(self, token: str, device: str, deadline_s: float | None = None) -> OperationStatus:
         """Take a device, or all of a node, out; raises like `scale`.
@@ -216,12 +219,13 @@ class Controller:
         if deadline_s is not None and self._deeds is not None:
             until_s = self._hands.now_s() + deadline_s
             self._deeds.deadlines.update(dict.fromkeys(named_devices(base, device, self._context()), until_s))
-        return self._ask("drain", f"{device}: {_change(base, way)}", way)
+        return await self._ask("drain", f"{device}: {_change(base, way)}", way)
 
     async def cancel(self, token: str, op_id: str) -> OperationStatus:
         """Give an operation up before its commit; raises `OperatorError` if that is not possible any more."""
         self._admit(token)
         self._state = cancel(self._state, op_id, self._hands.now_s())
+        await self._save()
         self._woken()
         return self._told(next(o for o in self._state.operations if o.id == op_id))
 
@@ -269,10 +273,17 @@ class Controller:
     def _standbys(self) -> int:
         return sum(member.fact(0.0, inf).idle for member in self._cluster.workers.values())
 
-    def _ask(self, kind: OperationKind, text: str, way: tuple[Layout, ...]) -> OperationStatus:
+    async def _ask(self, kind: OperationKind, text: str, way: tuple[Layout, ...]) -> OperationStatus:
         self._state = request(self._state, kind, text, way, self._hands.now_s())
+        operation = self._state.operations[-1]
+        await self._save()
         self._woken()
-        return self._told(self._state.operations[-1])
+        return self._told(operation)
+
+    async def _save(self) -> None:
+        """Make the state durable, as it is when its turn has come: the last one kept is the latest."""
+        async with self._saving:
+            await self._hands.save(pickle.dumps(self._state))
 
     def _base(self) -> Layout:
         pending, serving = self._state.pending, self._state.serving
@@ -324,9 +335,9 @@ class Controller:
                 _log.warning("%s has to be ended: %s", worker, fact.failed)
         decision = step(self._state, snapshot)
         self._errors.clear()
-        if decision.state != self._state or decision.effects:
-            await self._hands.save(pickle.dumps(decision.state))
-        self._state = decision.state
+        changed, self._state = decision.state != self._state, decision.state
+        if changed:
+            await self._save()
         if decision.reason != self._reason:
             _log.info("%s", decision.reason)
         self._reason = decision.reason
@@ -360,7 +371,7 @@ class Controller:
             _log.exception("planning failed; experts stay where they are")
             return
         if way and self._state.operation is None:
-            self._ask("rebalance", "following the measured loads", way)
+            await self._ask("rebalance", "following the measured loads", way)
 
     async def _do(self, effect: Effect) -> None:
         assert self._deeds is not None

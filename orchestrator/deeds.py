@@ -245,7 +245,7 @@ class Deeds:
         try:
             await freeing
         except PagesHeld as e:
-            _log.info("%s; trying again", e)
+            _log.debug("%s; trying again", e)
             await asyncio.sleep(_HELD_PAUSE_S)
 
     def _assignment(self, record: Record, rank: int) -> Assignment:
@@ -263,7 +263,8 @@ class Deeds:
         )
         node = layout.seats[rank].node
         device = self._extents(layout.device_pool(rank))
-        return Assignment(generation, rank, device, self._extents(node_pool(node)), self._threads(node))
+        host = self._node_host(node)
+        return Assignment(generation, rank, device, self._extents(node_pool(node)), self._threads(node), host)
 
     def _extents(self, pool: str, keys: Sequence[str] | None = None) -> PoolExtents:
         known = self._pool(pool)

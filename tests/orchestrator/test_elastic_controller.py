@@ -135,6 +135,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(checkpoint: Path) -> N
         async with controlled(checkpoint, 2) as (controller, _, token):
             for call, says in (
                 (controller.scale(token, 0), "workers: 0"),
+                (controller.rebalance(token), "too few tokens"),
                 (controller.drain(token, "cpu-9"), "cpu-9"),
                 (controller.scale(token, 100_000), "workers: 100000; expected at most 64"),
             ):
