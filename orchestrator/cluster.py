@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from ..errors import InternalError
@@ -99,14 +100,15 @@ class Cluster:
         known.pages = await known.handle.pages()
 
     async def look(self, busy: frozenset[Effect], errors: Mapping[Effect, Fault]) -> Snapshot:
-        """Ask every worker; one that does not answer at once is taken at its last word."""
+        """Ask every worker and owner; one that does not answer at once is taken at its last word."""
         for member in self.workers.values():
             if member.asked is None:
                 member.asked_s = self.hands.now_s()
                 member.asked = asyncio.create_task(self._ask(member))
         asked = [member.asked for member in self.workers.values() if member.asked is not None]
-        if asked:
-            await asyncio.wait(asked, timeout=_PATIENCE_S)
+        extents = [asyncio.create_task(self._refreshed(name)) for name in self.pools]
+        if asked or extents:
+            await asyncio.wait([*asked, *extents], timeout=_PATIENCE_S)
         now_s = self.hands.now_s()
         return Snapshot(
             nodes=frozenset(self.nodes),
@@ -117,6 +119,10 @@ class Cluster:
             errors=dict(errors),
             now_s=now_s,
         )
+
+    async def _refreshed(self, pool: str) -> None:
+        with suppress(InternalError, KeyError):  # it has died: its watch tells
+            await self.refresh(pool)
 
     async def look_at_nodes(self) -> None:
         self.nodes = {node.id: node for node in await self.hands.nodes()}
@@ -144,15 +150,15 @@ class Cluster:
             member.asked = None
 
     async def _watch_worker(self, member: Member) -> None:
+        seen = member.report
         while self.workers.get(member.name) is member:
-            seen = member.report
             try:
                 told = await member.handle.watch(seen, _WATCH_S)
             except InternalError as e:
                 self._lost(member, e)
                 return
             if told.situation != seen.situation:
-                member.report = told
+                seen = told  # the report itself is asked for anew: this one may have been overtaken
                 self.changed()
 
     def _lost(self, member: Member, error: InternalError) -> None:

@@ -327,14 +327,14 @@ class Controller:
     async def _turn(self) -> None:
         self._wake.clear()
         await self._cluster.look_at_nodes()
-        snapshot = await self._cluster.look(frozenset(self._busy), self._errors)
+        errors, self._errors = self._errors, {}
+        snapshot = await self._cluster.look(frozenset(self._busy), errors)
         await self._balance()
         await self._count_moved()
         for worker, fact in snapshot.workers.items():
             if fact.failed:
                 _log.warning("%s has to be ended: %s", worker, fact.failed)
         decision = step(self._state, snapshot)
-        self._errors.clear()
         changed, self._state = decision.state != self._state, decision.state
         if changed:
             await self._save()

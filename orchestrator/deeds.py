@@ -111,7 +111,7 @@ class Deeds:
         await self.cluster.add_pool(effect.pool, effect.node, handle)
 
     async def _adopt(self, effect: StartOwner, config: OwnerConfig, lender: Member) -> bool:
-        """Whether a new owner took the pool over from this worker."""
+        """Whether a new owner took the pool over from this worker; an empty one beside a pool in use must not be."""
         try:
             address = await lender.handle.lend(effect.pool)
         except InternalError:
@@ -120,9 +120,8 @@ class Deeds:
             handle = await self.cluster.hands.start_owner(effect.node, config, address)
             await self.cluster.add_pool(effect.pool, effect.node, handle)
         except ConcertinaError as e:
-            _log.warning("pool %s could not be adopted from %s: %s", effect.pool, lender.name, e)
             await self.cluster.hands.kill(config.name)
-            return False
+            raise InternalError(f"pool {effect.pool} was not adopted from {lender.name}: {e}") from e
         return True
 
     async def _start_worker(self, effect: StartWorker) -> None:
@@ -223,9 +222,9 @@ class Deeds:
         until_s = self.deadlines.get(effect.device)
         left_s = None if until_s is None else max(0.0, until_s - self.cluster.hands.now_s())
         try:
-            mapped = await asyncio.wait_for(heir.handle.adopt_kv(source, blocks), left_s)
-            if self._pool_of_device(device) == effect.pool:
-                await self._claim(pool, kv_key(device), mapped)
+            if self._pool_of_device(device) == effect.pool:  # first, so that nobody else can inherit them too
+                await pool.handle.relabel(kv_key(effect.device), pages, kv_key(device))
+            await asyncio.wait_for(heir.handle.adopt_kv(source, blocks), left_s)
         except (ConcertinaError, TimeoutError) as e:
             _log.warning("KV of %s is not handed over to %s: %s", effect.device, device, e or "too late")
             return ""

@@ -18,7 +18,9 @@ from .actors import OwnerActor, WorkerActor
 from .config import NAMESPACE
 from .durable import Durable
 from .hands import Existing, NodeInfo, OwnerHandle, WorkerHandle
+from .knocking import Knocking
 from .lifeline import Identity, Lifeline
+from .remote import EMBEDDED
 
 _log = logging.getLogger(__name__)
 _OPTIONS: Any = {
@@ -36,11 +38,15 @@ _END_S = 10.0
 
 
 class _Handle:
-    """An actor whose methods are awaited as those of a local object; a dead one raises `InternalError`."""
+    """An actor whose methods are awaited as those of a local object; a dead one raises `InternalError`.
 
-    def __init__(self, actor: Any, what: str) -> None:
+    ``unreached`` is called then, too.
+    """
+
+    def __init__(self, actor: Any, what: str, unreached: Callable[[], None]) -> None:
         self._actor = actor
         self._what = what
+        self._unreached = unreached
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self._actor, name)
@@ -51,19 +57,13 @@ class _Handle:
             except ray.exceptions.RayTaskError as e:
                 raise e.cause from None
             except ray.exceptions.ActorDiedError as e:
+                self._unreached()
                 raise InternalError(f"{self._what}: its process ended") from e
             except ray.exceptions.RayError as e:
+                self._unreached()
                 raise InternalError(f"{self._what}: cannot be reached: {str(e).splitlines()[0]}") from e
 
         return call
-
-
-def _owner(name: str, actor: Any) -> OwnerHandle:
-    return cast(OwnerHandle, _Handle(actor, f"memory owner {name}"))
-
-
-def _worker(name: str, actor: Any) -> WorkerHandle:
-    return cast(WorkerHandle, _Handle(actor, name))
 
 
 class RayHands:
@@ -81,35 +81,35 @@ class RayHands:
         self._node: str = context.get_node_id()
         self._controller = _named(context.get_actor_name()), _named(context.get_actor_id())
         self._durable = Durable(deployment)
+        self._knocking = Knocking()
         self._store: Any = None
 
     async def nodes(self) -> list[NodeInfo]:
+        """Nodes that Ray takes to be alive, and whose raylet listens."""
         alive = [n for n in await asyncio.to_thread(ray.nodes) if n["Alive"]]
-        alone = len(alive) == 1  # then nothing needs to listen beyond loopback
-        return [
-            NodeInfo(
-                n["NodeID"],
-                "127.0.0.1" if alone else n["NodeManagerAddress"],
-                int(n["Resources"].get("CPU", 1)),
-                int(n["Resources"].get("memory", 0)),
-            )
-            for n in alive
-        ]
+        listening = await self._knocking.answering([_raylet(n) for n in alive])
+        return [_node_info(n) for n in alive if _raylet(n) in listening]
 
     async def start_owner(self, node: str, config: OwnerConfig, adopt_from: str | None = None) -> OwnerHandle:
         actor = await asyncio.to_thread(self._start, OwnerActor, _OWNER + config.name, node, config, adopt_from)
-        return _owner(config.name, actor)
+        return self._owner(config.name, actor)
 
     async def start_worker(self, node: str, config: WorkerConfig) -> WorkerHandle:
-        actor = await asyncio.to_thread(self._start, WorkerActor, self._worker_name(config.name), node, config)
-        return _worker(config.name, actor)
+        actor = await asyncio.to_thread(self._start, WorkerActor, self._actor_name(config.name), node, config)
+        return self._worker(config.name, actor)
+
+    def _owner(self, name: str, actor: Any) -> OwnerHandle:
+        return cast(OwnerHandle, _Handle(actor, f"memory owner {name}", self._knocking.doubt))
+
+    def _worker(self, name: str, actor: Any) -> WorkerHandle:
+        return cast(WorkerHandle, _Handle(actor, name, self._knocking.doubt))
 
     def _start(self, kind: type, name: str, node: str, *args: object) -> Any:
         lifeline = Lifeline(self._deployment, name, *self._controller)
         actor: Any = ray.remote(kind)
         return actor.options(**_OPTIONS, name=name, scheduling_strategy=_on(node)).remote(lifeline, *args)
 
-    def _worker_name(self, worker: str) -> str:
+    def _actor_name(self, worker: str) -> str:
         return f"{_WORKER}{self._deployment}/{worker}"
 
     async def existing(self) -> Existing:
@@ -117,10 +117,10 @@ class RayHands:
         for name, (node, actor) in (await asyncio.to_thread(self._existing)).items():
             if name.startswith(_OWNER):
                 owner = name.removeprefix(_OWNER)
-                owners[owner] = _owner(owner, actor)
+                owners[owner] = self._owner(owner, actor)
             else:
-                worker = name.removeprefix(self._worker_name(""))
-                workers[worker] = node, _worker(worker, actor)
+                worker = name.removeprefix(self._actor_name(""))
+                workers[worker] = node, self._worker(worker, actor)
         return Existing(owners, workers)
 
     def _existing(self) -> dict[str, tuple[str, Any]]:
@@ -142,7 +142,7 @@ class RayHands:
         InternalError
             It cannot be seen to end: its node does not answer.
         """
-        for actor in (_OWNER + name, self._worker_name(name)):
+        for actor in (_OWNER + name, self._actor_name(name)):
             await self._kill(actor)
 
     async def sweep(self) -> None:
@@ -216,6 +216,17 @@ def _actors(deployment: str) -> Iterator[tuple[str, Any]]:
             actor = _find(name)
             if actor is not None:
                 yield name, actor
+
+
+def _raylet(node: Any) -> tuple[str, int]:
+    return node["NodeManagerAddress"], node["NodeManagerPort"]
+
+
+def _node_info(node: Any) -> NodeInfo:
+    """An embedded node needs to be reached from nowhere else."""
+    resources = node["Resources"]
+    host = "127.0.0.1" if EMBEDDED in resources else node["NodeManagerAddress"]
+    return NodeInfo(node["NodeID"], host, int(resources.get("CPU", 1)), int(resources.get("memory", 0)))
 
 
 def _find(name: str) -> Any:

@@ -16,6 +16,7 @@ from .config import NAMESPACE
 from .status import DeploymentStatus
 
 LOCAL = "local"
+EMBEDDED = "concertina-embedded"  # resource of the only node of a Ray that nobody else is to join
 _LOG_LEVEL = logging.ERROR
 _CONTROLLER = "controller/"
 _KNOCK_S = 5.0
@@ -81,6 +82,7 @@ def join_or_start(address: str | None, workers: int, verbose: bool) -> bool:
             LOCAL,
             namespace=NAMESPACE,
             num_cpus=max(workers, os.cpu_count() or 1),
+            resources={EMBEDDED: 1},
             include_dashboard=False,
             object_store_memory=100 << 20,
             log_to_driver=verbose,

@@ -102,7 +102,7 @@ class Service:
         Raises
         ------
         InternalError
-            The engine has failed, or another generation is on offer.
+            The engine has failed.
         """
         with self._changed:
             state, part = self.state, self._parts.get(generation)
@@ -165,6 +165,7 @@ class Service:
         if generation == self._offered:
             return
         before, self._offered = self._offered, generation
+        self.engine.withdraw(before)  # an offer that led nowhere gives way to a newer one
         try:
             self.engine.offer(Retire(generation) if part is None else Swap(generation, part.decoder, part.exchange))
         except InternalError:

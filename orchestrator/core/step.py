@@ -174,9 +174,7 @@ def _advance(state: State, snapshot: Snapshot) -> State:
 
 def _stage(state: State, pending: Pending, snapshot: Snapshot) -> Stage:
     record, stage = pending.record, pending.stage
-    if stage is Stage.PREPARE and any(missing(record, snapshot)):
-        stage = Stage.FILL  # an owner died
-    if stage in (Stage.YIELD, Stage.FILL):
+    if stage in (Stage.YIELD, Stage.FILL) or (stage is Stage.PREPARE and any(missing(record, snapshot))):
         stage = Stage.YIELD if any(yields(state, snapshot)) else Stage.FILL
     if stage is Stage.FILL and filled(record, snapshot):
         stage = Stage.PREPARE
@@ -264,8 +262,7 @@ def _finish(state: State, snapshot: Snapshot) -> State:
     if state.pending is not None or state.operation is None:
         return state
     state = committed(state, snapshot.now_s)
-    operation = state.operation
-    if operation is None or not operation.committed_s or not _is_clear(state, snapshot):
+    if state.operation is None or not state.operation.committed_s or not _is_clear(state, snapshot):
         return state
     busy = any(isinstance(e, Free | HandOver | ResizeKV | Abandon) for e in snapshot.busy)
     return state if busy or any(resizes(state, snapshot)) else end(state, "done", "", snapshot.now_s)

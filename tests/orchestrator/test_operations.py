@@ -1,0 +1,155 @@
+"""What becomes of what is asked for (C13)."""
+
+from __future__ import annotations
+
+import pytest
+from concertina.errors import OperatorError
+from concertina.orchestrator.core.facts import Fault, Fill, Prepare
+from concertina.orchestrator.core.layout import Layout
+from concertina.orchestrator.core.operations import cancel, request
+from concertina.orchestrator.core.state import Stage, State
+
+from .core_rest import check_rest
+from .core_schedule import Schedule
+
+
+@pytest.fixture
+def schedule() -> Schedule:
+    """A deployment that serves, and in whose world nothing happens by itself."""
+    schedule = Schedule(7, faults=False)
+    schedule.ask("start", schedule.layouts[:1])
+    schedule.settle()
+    return schedule
+
+
+def last(schedule: Schedule) -> tuple[str, str]:
+    operation = schedule.state.operations[-1]
+    return operation.outcome, operation.reason
+
+
+def until(schedule: Schedule, stage: Stage) -> None:
+    for _ in range(200):
+        schedule.turn()
+        if schedule.state.pending is not None and schedule.state.pending.stage is stage:
+            return
+        for effect in list(schedule.world.busy):
+            schedule.world.advance(effect)
+    raise AssertionError(f"it never came to {stage}")
+
+
+def serving(schedule: Schedule) -> Layout:
+    assert schedule.state.serving is not None
+    return schedule.state.serving.layout
+
+
+def test_the_same_request_is_the_same_operation(schedule: Schedule) -> None:
+    schedule.ask("scale", schedule.layouts[9:10])
+    once = schedule.state
+    assert request(once, "scale", "again", schedule.layouts[9:10], 9.0) is once
+
+
+def test_being_there_already_is_done_at_once(schedule: Schedule) -> None:
+    schedule.ask("scale", schedule.layouts[:1])
+    assert last(schedule) == ("done", "nothing to do")
+
+
+@pytest.mark.parametrize("stage", [Stage.FILL, Stage.PREPARE])
+def test_cancel_before_commit_leaves_everything_as_it_was(schedule: Schedule, stage: Stage) -> None:
+    before = serving(schedule)
+    schedule.ask("scale", schedule.layouts[-1:])
+    until(schedule, stage)
+    schedule.state = cancel(schedule.state, schedule.state.operations[-1].id, 1.0)
+    schedule.settle()
+    assert last(schedule) == ("canceled", "as asked")
+    assert serving(schedule) == before
+    check_rest(schedule.state, schedule.world)
+
+
+def test_cancel_is_refused_once_it_commits(schedule: Schedule) -> None:
+    schedule.ask("scale", schedule.layouts[-1:])
+    until(schedule, Stage.COMMIT)
+    with pytest.raises(OperatorError, match="is being committed"):
+        cancel(schedule.state, schedule.state.operations[-1].id, 1.0)
+    with pytest.raises(OperatorError, match="'op-99' is unknown; the latest are: op-1, op-2"):
+        cancel(schedule.state, "op-99", 1.0)
+    schedule.settle()
+    with pytest.raises(OperatorError, match="op-2 has ended already"):
+        cancel(schedule.state, "op-2", 1.0)
+
+
+def test_a_second_request_supersedes_the_first_before_commit(schedule: Schedule) -> None:
+    schedule.ask("scale", schedule.layouts[-1:])
+    until(schedule, Stage.PREPARE)
+    schedule.ask("scale", schedule.layouts[9:10])
+    schedule.settle()
+    assert [o.outcome for o in schedule.state.operations] == ["done", "superseded", "done"]
+    assert serving(schedule) == schedule.layouts[9]
+
+
+def test_a_second_request_follows_the_first_after_commit(schedule: Schedule) -> None:
+    schedule.ask("scale", schedule.layouts[-1:])
+    until(schedule, Stage.COMMIT)
+    assert schedule.state.pending is not None
+    coming = schedule.state.pending.record.id
+    schedule.ask("scale", schedule.layouts[9:10])
+    assert not schedule.state.pending.doomed
+    schedule.settle()
+    assert schedule.state.serving is not None
+    assert schedule.state.serving.id > coming
+    assert serving(schedule) == schedule.layouts[9]
+
+
+def test_going_back_to_what_serves_ends_too(schedule: Schedule) -> None:
+    schedule.ask("scale", schedule.layouts[-1:])
+    until(schedule, Stage.FILL)
+    schedule.ask("scale", schedule.layouts[:1])
+    schedule.settle()
+    assert [o.outcome for o in schedule.state.operations] == ["done", "superseded", "done"]
+
+
+def test_a_route_goes_through_every_layout(schedule: Schedule) -> None:
+    way = (schedule.layouts[-1], schedule.layouts[9])
+    schedule.ask("scale", way)
+    seen = []
+    for _ in range(400):
+        schedule.turn()
+        seen.append(serving(schedule))
+        for effect in list(schedule.world.busy):
+            schedule.world.advance(effect)
+        for generation in schedule.world.running():
+            schedule.world.boundary(generation)
+    assert list(dict.fromkeys(seen)) == [schedule.layouts[0], *way]
+    assert last(schedule)[0] == "done"
+
+
+@pytest.mark.parametrize("kind", [Fill, Prepare])
+@pytest.mark.parametrize("lasting", [False, True])
+def test_an_operation_that_keeps_failing_fails_with_its_reason(schedule: Schedule, kind: type, lasting: bool) -> None:
+    """Three attempts; one if trying again cannot help. What serves goes on."""
+    before = serving(schedule)
+    schedule.ask("scale", schedule.layouts[-1:])
+    generation = schedule.state.next_generation
+    for _ in range(600):
+        for effect in schedule.turn():
+            if isinstance(effect, kind):
+                schedule.world.fail(effect, after=False)
+                schedule.world.errors[effect] = Fault("out of pages", lasting)
+        if schedule.state.operation is None:
+            break
+        schedule.world.now_s += 1
+        for effect in list(schedule.world.busy):
+            schedule.world.advance(effect)
+    assert last(schedule) == ("failed", "out of pages")
+    assert schedule.state.next_generation - generation == (1 if lasting else 3)
+    schedule.settle()
+    assert serving(schedule) == before
+    check_rest(schedule.state, schedule.world)
+
+
+def test_old_operations_are_forgotten() -> None:
+    state = State()
+    layouts = Schedule(0, faults=False).layouts
+    for i in range(120):
+        state = request(state, "scale", str(i), (layouts[-(i % 2)],), float(i))
+    assert len(state.operations) == 50
+    assert state.operations[-1].id == "op-120"
