@@ -14,6 +14,9 @@ from concertina.planners.model import Loads, ModelSpec
 from concertina.planners.problem import PlacementProblem
 
 ROUTING = Path(__file__).resolve().parents[2] / "shared" / "data" / "routing" / "olmoe_mixtral_routing.json"
+FLEETS = (False, True)
+SOME_LAYERS = 8
+"""Of a large instance's layers, where only a few are planned; time limits shrink with them."""
 SIGMA = 0.8
 """Standard deviation of the logarithm of expert loads; OLMoE's layers lie between 0.3 and 1.8."""
 EXPERT_BYTES = 44e6  # DeepSeek-V3's experts in 8 bits: 3 x 7168 x 2048
@@ -45,15 +48,26 @@ class Case:
         return -(-(self.experts + self.spare) // self.devices)
 
 
-def cluster(devices: int, mixed: bool) -> Cluster:
-    """Nodes of eight; of a mixed fleet every third node (of small fleets, device) is slow."""
-    block = 8 if devices >= 24 else 1
+def cluster(devices: int, mixed: bool, large: bool | None = None) -> Cluster:
+    """Nodes of eight; of a mixed fleet every third node (of fleets that are not large, device) is slow."""
+    block = 8 if (devices >= 24 if large is None else large) else 1
     kinds = [SLOW if mixed and (i // block) % 3 == 2 else FAST for i in range(devices)]
     made: list[Device] = []
     for i, kind in enumerate(kinds):
         numbers: dict[str, Any] = dict(kind)
         made.append(Device(name=f"d{i}", node=f"n{i // 8}", **numbers))
     return Cluster(tuple(made))
+
+
+def survivors(before: int, after: int, mixed: bool) -> Cluster:
+    """``after`` devices where there were ``before``: more of them, or those left when the last are lost.
+
+    Of a mixed fleet every so-manyth is lost instead, so that both kinds are.
+    """
+    if after >= before or not mixed:
+        return cluster(after, mixed, before >= 24)
+    devices = cluster(before, mixed).devices
+    return Cluster(tuple(devices[i * before // after] for i in range(after)))
 
 
 def skewed(experts: int, layers: int, tokens: float, seed: int = 0) -> FloatArray:
@@ -82,9 +96,15 @@ def cases(quick: bool) -> list[Case]:
         ]
     sizes = {(8, 32): (8,), (64, 16): (8, 32), (128, 48): (16, 64), (256, 58): (32, 64, 128, 320)}
     grid = [(e, layers, d) for (e, layers), devices in sizes.items() for d in devices]
-    found = [Case(e, layers, d, s, mixed) for e, layers, d in grid for s in (0, 32, 64) for mixed in (False, True)]
-    found += [Case(e, layers, d, 32, mixed, 64.0) for e, layers, d in grid for mixed in (False, True)]
+    found = [Case(e, _part(e, layers, d, s), d, s, m) for e, layers, d in grid for s in (0, 32, 64) for m in FLEETS]
+    found += [Case(e, layers, d, 32, m, 64.0) for e, layers, d in grid for m in FLEETS]
     return [c for c in found if c.devices <= c.experts + c.spare]
+
+
+def _part(experts: int, layers: int, devices: int, spare: int) -> int:
+    """Layers to plan: all with the spare slots that aims are stated for, a few with others where there are many."""
+    stated = spare == (32 if devices <= experts else 64)
+    return layers if stated or experts < 256 else SOME_LAYERS
 
 
 def routing(model: str) -> dict[str, FloatArray] | None:

@@ -17,7 +17,7 @@ from concertina.planners.replan import Replan, ReplanRules, replan
 from concertina.planners.solution import Solution, StoppingRule
 from concertina.planners.solve import solve
 
-from .placement_cases import Case, cluster, problem
+from .placement_cases import FLEETS, SOME_LAYERS, Case, problem, survivors
 
 BALANCE = 0.98
 
@@ -57,20 +57,21 @@ def changes(quick: bool) -> list[Change]:
     for experts, count, devices in ((64, small, 8), (256, large, 32)):
         for after in (devices + 1, devices + 2, devices * 3 // 2, devices - 1, devices - 2, devices // 2):
             slots = -(-experts // min(after, devices)) + 2
-            found += [Change(experts, count, devices, after, slots, mixed) for mixed in (False, True)]
+            planned = count if experts < 256 or after == devices // 2 else SOME_LAYERS
+            found += [Change(experts, planned, devices, after, slots, mixed) for mixed in FLEETS]
     return found
 
 
 def measure(change: Change, limit_s: float) -> list[dict[str, Any]]:
     """Rows for ours, EPLB, and our fresh plan."""
     start = _start(change)
-    goal = replace(start, cluster=cluster(change.after, change.mixed))
+    goal = replace(start, cluster=survivors(change.before, change.after, change.mixed))
     assert goal.current is not None
     lost = int((~goal.held_LED.any(axis=2)).sum())
     rows = []
     for method in ("replan", "eplb_global", "scalable"):
-        began_s = time.monotonic()
-        stop = StoppingRule(limit_s if method == "replan" else min(limit_s, 10.0), now=time.monotonic)
+        began_s = time.process_time()
+        stop = StoppingRule(limit_s if method == "replan" else limit_s / 3, now=time.process_time)
         answer: Placement | None
         least: float | None
         if method == "replan":
@@ -85,7 +86,7 @@ def measure(change: Change, limit_s: float) -> list[dict[str, Any]]:
                 else None
             )
             least = None
-        rows.append(_row(change, goal, method, answer, time.monotonic() - began_s, lost))
+        rows.append(_row(change, goal, method, answer, time.process_time() - began_s, lost))
         rows[-1]["least_per_layer"] = None if least is None else round(least / change.layers, 2)
     return rows
 
@@ -103,10 +104,11 @@ def _row(
     change: Change, goal: PlacementProblem, method: str, answer: Placement | None, seconds: float, lost: int
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"part": "change", "case": change.name, "method": method, "seconds": round(seconds, 2)}
+    row |= {"layers": change.layers}
     if answer is None or goal.current is None:
         return row | {"answer": None}
     move = MigrationProblem(goal.cluster, goal.model, goal.current, answer)
-    began_s = time.monotonic()
+    began_s = time.process_time()
     migration = plan_migration(move)
     assert isinstance(migration, Migration)
     times_LD = evaluate(goal, answer).device_LD
@@ -118,7 +120,7 @@ def _row(
         "copied_most": int(per_layer.max()),
         "moved_gb": migration.moved_bytes / 1e9,
         "migration_s": migration.seconds,
-        "ordering_s": round(time.monotonic() - began_s, 2),
+        "ordering_s": round(time.process_time() - began_s, 2),
         "balance_worst": round(float(balance_L.min()), 4),
         "aim_copied": change.most,
     }

@@ -16,6 +16,9 @@ from concertina.planners.solution import Solution, StoppingRule
 from concertina.planners.solve import solve
 from concertina.planners.split import SplitTable, split
 
+WINDOWS = 8
+DRIFT = (0.1, 0.9)
+"""Part of the later domains in the first and last window of a made-up trace."""
 METHODS = ("eplb_global", "greedy", "scalable", "robust")
 
 
@@ -29,24 +32,54 @@ def leave_one_out(
     """
     rows = []
     for held, batch_LE in domains.items():
-        others = [_scaled(table) for name, table in domains.items() if name != held]
+        others = np.stack([_scaled(table) for name, table in domains.items() if name != held])
         for method in METHODS:
-            placement = _planned(np.stack(others), method, devices, spare, stop)
+            placement = _planned(others, method, devices, spare, stop)
             fixed_L, split_L = _scores(placement, _scaled(batch_LE), devices)
-            rows.append(
-                {
-                    "part": "honesty",
-                    "devices": devices,
-                    "spare": spare,
-                    "held_out": held,
-                    "method": method,
-                    "fixed_mean": float(fixed_L.mean()),
-                    "fixed_worst": float(fixed_L.min()),
-                    "split_mean": float(split_L.mean()),
-                    "split_worst": float(split_L.min()),
-                }
-            )
+            row = {"part": "honesty", "devices": devices, "spare": spare, "held_out": held, "method": method}
+            rows.append(row | _summary(fixed_L[None], split_L[None]))
     return rows
+
+
+def halves(domains: Mapping[str, FloatArray], devices: int, spare: int, stop: StoppingRule) -> list[dict[str, Any]]:
+    """One row per method: planned on the first half of a trace's windows, scored on the second half.
+
+    The routing data has no order, so the trace is made up: its text drifts from the first half of the domains to the
+    others, and each window's tokens are drawn from the domains' real counts.
+    """
+    windows = _drifting(list(domains.values()))
+    first, second = windows[: WINDOWS // 2], windows[WINDOWS // 2 :]
+    rows = []
+    for method in METHODS:
+        placement = _planned(first, method, devices, spare, stop)
+        scores = [_scores(placement, batch_LE, devices) for batch_LE in second]
+        row = {"part": "halves", "devices": devices, "spare": spare, "held_out": "second half", "method": method}
+        rows.append(row | _summary(np.stack([f for f, _ in scores]), np.stack([s for _, s in scores])))
+    return rows
+
+
+def _drifting(tables: list[FloatArray], seed: int = 0) -> FloatArray:
+    """Windows of a made-up trace, shape (WINDOWS, L, E), about 1,000 tokens per expert each."""
+    rng = np.random.default_rng(seed)
+    chance_KLE = np.stack([table / table.sum(axis=1, keepdims=True) for table in tables])
+    late_K = np.arange(len(tables)) >= len(tables) // 2
+    windows = []
+    for late in np.linspace(*DRIFT, WINDOWS):
+        weight_K = np.where(late_K, late / late_K.sum(), (1.0 - late) / (~late_K).sum())
+        mixed_LE = np.tensordot(weight_K, chance_KLE, axes=1)
+        total = 1000 * mixed_LE.shape[1]
+        windows.append(np.stack([rng.multinomial(total, p / p.sum()) for p in mixed_LE]).astype(np.float64))
+    return np.stack(windows)
+
+
+def _summary(fixed_WL: FloatArray, split_WL: FloatArray) -> dict[str, float]:
+    """Mean, and worst layer of any window."""
+    return {
+        "fixed_mean": float(fixed_WL.mean()),
+        "fixed_worst": float(fixed_WL.min()),
+        "split_mean": float(split_WL.mean()),
+        "split_worst": float(split_WL.min()),
+    }
 
 
 def _scaled(counts_LE: FloatArray) -> FloatArray:

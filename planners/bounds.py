@@ -1,4 +1,4 @@
-"""Lower bounds by counting: no placement of a layer costs less (eq. 11 to 14 of ``planners/README.md``)."""
+"""Lower bounds: no placement of a layer costs less (eq. 11 to 14 and 16 of ``planners/README.md``)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .fields import BoolArray, FloatArray, IntArray
 from .problem import PlacementProblem
 from .risk import risk
 from .units import LayerProblem
+from .value_bound import value_bound
 
 PRECISION = 1e-7
 """Relative width at which the bisection over T stops."""
@@ -147,6 +148,11 @@ def _fits(case: _Case, time_s: float) -> bool:
 
 def case_bound(layer: LayerProblem, tokens_U: FloatArray, base_D: FloatArray) -> float:
     """No placement serves ``tokens_U`` in less than this many seconds; the problem must have passed `lacks`."""
+    return value_bound(layer, tokens_U, base_D, count_bound(layer, tokens_U, base_D))
+
+
+def count_bound(layer: LayerProblem, tokens_U: FloatArray, base_D: FloatArray) -> float:
+    """The bound of eq. 11 to 14 alone."""
     case = _case(layer, tokens_U, base_D)
     start = max(float(base_D.max()), 1e-30)
     counted = _least_time(start, 2.0 * start, lambda t: _fits(case, t))

@@ -125,7 +125,7 @@ class _Filler:
         for count in (1, 2, 3):
             if count < least or count > most or count > len(rest):
                 continue
-            chosen = _fullest(tokens, room - count * read, count)
+            chosen = fullest(tokens, room - count * read, count)
             if chosen is not None:
                 left = room - count * read - float(tokens[chosen].sum())
                 if left < waste - WORTH * full:
@@ -157,7 +157,7 @@ class _Filler:
         return Layout(self.unit_R, self.device_R, self.tokens_R)
 
 
-def _fullest(tokens: FloatArray, room: float, count: int) -> list[int] | None:
+def fullest(tokens: FloatArray, room: float, count: int) -> list[int] | None:
     """Positions of ``count`` of the ascending ``tokens`` with the largest sum up to ``room``; three: greedy first."""
     if room < 0:
         return None
@@ -173,5 +173,5 @@ def _fullest(tokens: FloatArray, room: float, count: int) -> list[int] | None:
     if third < 0:
         return None
     others = np.delete(np.arange(len(tokens)), third)
-    pair = _fullest(tokens[others], room - float(tokens[third]), 2)
+    pair = fullest(tokens[others], room - float(tokens[third]), 2)
     return None if pair is None else [third, *(int(others[k]) for k in pair)]

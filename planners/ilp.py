@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
+from .align import aligned
 from .assemble import layout_of, placement_of
 from .bounds import problem_bound
 from .cost import evaluate
@@ -15,7 +18,7 @@ from .milp import MilpOptions, MilpResult, pulp, solve_milp
 from .params import Params
 from .placement import Placement
 from .problem import Objective, PlacementProblem
-from .scalable import Report, Run
+from .scalable import Report, Run, within
 from .solution import Infeasible, Lack, Solution, StoppingRule
 from .units import LayerProblem, layer_problems
 
@@ -32,7 +35,7 @@ def solve_ilp(
 ) -> Solution | Infeasible:
     """Solve every layer exactly, as far as the time limit allows.
 
-    Communication is left to `joint.solve_joint`, except its least value in the bound.
+    Of communication only its least value is in the bound; layers are aligned for it afterwards (`align`).
     """
     began_s = stop.now()
     layers = layer_problems(problem)
@@ -50,7 +53,9 @@ def solve_ilp(
     if lost:
         proven = all(status == "infeasible" for s, status in zip(searches, outcomes, strict=True) if s.best is None)
         return Infeasible(tuple(_lack(layer) for layer in lost), proven=proven)
-    placement = placement_of(problem, layers, [s.best for s in searches if s.best is not None])
+    layouts = [s.best for s in searches if s.best is not None]
+    in_time = partial(within, stop, began_s)
+    placement = placement_of(problem, layers, aligned(problem, layers, layouts, in_time))
     bound = problem_bound(problem, layers, np.array([s.bound_s for s in searches]))
     reason = "optimal" if all(status == "optimal" for status in outcomes) else "time limit"
     return Solution(placement, evaluate(problem, placement), bound, reason, "ilp")

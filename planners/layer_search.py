@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
+from itertools import islice, zip_longest
 
 import numpy as np
 
@@ -24,12 +24,21 @@ from .problem import Objective
 from .risk import risk
 from .robust import RobustSearch
 from .units import LayerProblem
+from .wrap import Wrap, wrapped
 
 GREEDS = (Greed(1.0), Greed(0.0, by_quota=False), Greed(0.0), Greed(0.5))
 STEPS = (0, 1, 3, 8, 18, 40, 100, 250)
 """Replicas beyond the least needed that are tried."""
 TARGETS = ((0.01, 0.5), (0.001, 1.0), (0.03, 1.0), (0.01, 0.0), (0.03, 0.5), (0.06, 0.5), (0.03, 0.0), (0.06, 0.0))
 """Times above the bound, and company beside full pieces, that are aimed at."""
+FINE = ((0.002, 0.02), (0.0015, 0.01), (0.003, 0.03), (0.0015, 0.005), (0.001, 0.01))
+COARSE = ((0.002, 0.08), (0.06, 0.12), (0.005, 0.08), (0.01, 0.03), (0.03, 0.01))
+"""Times above the bound, and waste per device, with which devices are filled and the last ones cut: the second where
+reading one replica takes more than `HEAVY` of a layer's time."""
+HEAVY = 0.05
+FEW = 3
+"""Units per device up to which filling devices matters most, given spare slots: such layouts are tried first."""
+FIRST_WRAPS = 3
 
 SPREADS = (3.0, 1.0, 0.0)
 PARTS = (1.0, 0.5, 0.25, 0.0)
@@ -68,7 +77,7 @@ Attempt = Callable[[], Layout | None]
 
 
 def attempts(layer: LayerProblem, bound_s: float) -> Iterator[Attempt]:
-    """First layouts in order of promise: longest first with equal pieces and with full ones, and filling."""
+    """First layouts in order of promise: longest first with equal and with full pieces, filling, and wrapping."""
     counts = list(water_filled(layer))
     first = max(0, replicas_needed(layer, bound_s) - int(counts[0].sum()))
     ends = sorted({min(first + step, len(counts) - 1) for step in STEPS})
@@ -79,7 +88,12 @@ def attempts(layer: LayerProblem, bound_s: float) -> Iterator[Attempt]:
     targets = [Target(bound_s * (1.0 + above), company) for above, company in TARGETS]
     full = (partial(_cut, layer, target, greed) for target in targets for greed in GREEDS)
     fill = (partial(filled, layer, target) for target in targets)
-    for group in zip_longest(equal, fill, full):
+    heavy = float(layer.read_UD.min()) > HEAVY * bound_s
+    ways = (*COARSE, *FINE) if heavy else (*FINE, *COARSE)
+    wrap = (partial(wrapped, layer, Wrap(bound_s * (1.0 + above), waste)) for above, waste in ways)
+    if layer.devices < layer.units <= min(FEW * layer.devices, int(layer.slots_D.sum()) - 1):
+        yield from islice(wrap, FIRST_WRAPS)
+    for group in zip_longest(equal, wrap, fill, full):
         yield from (attempt for attempt in group if attempt is not None)
 
 

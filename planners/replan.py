@@ -19,15 +19,18 @@ from .assignment import match_slots
 from .bounds import case_bound
 from .fields import FloatArray, fail, finite
 from .lacks import lacks
-from .layout import Layout, device_time_D
+from .layout import device_time_D
 from .placement import Placement
 from .problem import PlacementProblem
 from .replan_greedy import ReplanSearch
-from .replan_refine import RefineOptions, best_greedy, finished, refine
+from .replan_refine import FLEXIBILITIES, RefineOptions, best_greedy, finished, refine
+from .replan_repair import layout_of_state, repaired
 from .replan_task import LayerTask
 from .solution import Infeasible, Lack, Progress, StoppingRule
 from .units import LayerProblem, layer_problems
 
+GREEDY_PART = 0.5
+"""Part of the time limit that the greedy pass may take before it tries each layer only once."""
 _MORE_ROUNDS = 4
 """Times as many small programs for a layer that missed the balance."""
 
@@ -123,14 +126,15 @@ def replan(
         fail("replan: problem.current", None, "the current placement")
     rules = rules or ReplanRules()
     start_s = rules.stop.now()
-    works = []
+    works: list[_Work] = []
     layers = layer_problems(problem)
     missing = tuple(lack for layer in layers for lack in lacks(layer))
     if missing:
         return Infeasible(missing)
     for layer in layers:
         bound_s = case_bound(layer, layer.tokens_U, layer.base_D)
-        works.append(_Work(layer, bound_s, best_greedy(LayerTask.of(layer, bound_s / rules.balance))))
+        slow = rules.stop.now() - start_s > GREEDY_PART * rules.stop.time_limit_s * len(works) / problem.layers
+        works.append(_work(layer, bound_s, rules.balance, 1 if slow else FLEXIBILITIES))
         if progress:
             done = [w.bound_s for w in works]
             elapsed_s = rules.stop.now() - start_s
@@ -140,6 +144,14 @@ def replan(
         return Infeasible(no_room, proven=False)
     reason = _refine_all(works, rules, start_s)
     return _answer(problem, works, reason)
+
+
+def _work(layer: LayerProblem, bound_s: float, balance: float, tries: int) -> _Work:
+    """One layer planned greedily, by local search too where that misses the balance."""
+    work = _Work(layer, bound_s, best_greedy(LayerTask.of(layer, bound_s / balance), tries))
+    if not work.reached and not work.search.unplaced:
+        work.search = repaired(work.search, layer, bound_s, balance)
+    return work
 
 
 def _lack(work: _Work, unit: int) -> Lack:
@@ -180,7 +192,7 @@ def _urgency(work: _Work) -> tuple[bool, float]:
 
 
 def _answer(problem: PlacementProblem, works: list[_Work], reason: str) -> Replan:
-    layouts = [settled(w.layer, _layout(w.search)) for w in works]
+    layouts = [settled(w.layer, layout_of_state(w.search.state)) for w in works]
     assert problem.current is not None
     placement = match_slots(problem.current, placement_of(problem, [w.layer for w in works], layouts))
     time_L = np.array([device_time_D(w.layer, layout).max() for w, layout in zip(works, layouts, strict=True)])
@@ -194,9 +206,3 @@ def _answer(problem: PlacementProblem, works: list[_Work], reason: str) -> Repla
         tuple(w.layer.layer for w in works if not w.reached),
         reason,
     )
-
-
-def _layout(search: ReplanSearch) -> Layout:
-    pairs = [(e, d) for e, flow in enumerate(search.state.flow_E) for d in sorted(flow)]
-    tokens_R = np.array([search.state.flow_E[e][d] for e, d in pairs])
-    return Layout(np.array([e for e, _ in pairs]), np.array([d for _, d in pairs]), tokens_R)

@@ -12,6 +12,7 @@ from .replan_greedy import ReplanSearch, plan_greedy, tokens_inside
 from .replan_task import LayerTask
 
 _FLEXIBILITIES = (0.65, 1.0, 0.4, 0.25, 0.0)
+FLEXIBILITIES = len(_FLEXIBILITIES)
 _BYTES_TOLERANCE = 1e-6
 
 
@@ -40,7 +41,7 @@ class RefineOptions:
     seconds: float | None = 1.0
 
 
-def best_greedy(task: LayerTask, tries: int = len(_FLEXIBILITIES)) -> ReplanSearch:
+def best_greedy(task: LayerTask, tries: int = FLEXIBILITIES) -> ReplanSearch:
     """The best of several greedy searches; stops at the first that cannot be improved."""
     best = plan_greedy(task, _FLEXIBILITIES[0])
     if all(task.kept_E) and task.min_nodes == 1:  # nothing had to be placed, so flexibility decided nothing

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
+from .align import affine, aligned
 from .assemble import layout_of, placement_of
 from .bounds import problem_bound
 from .cost import evaluate
@@ -17,6 +20,8 @@ from .solution import Infeasible, Lack, Progress, Solution, StoppingRule
 from .units import LayerProblem, layer_problems
 
 Report = Callable[[Progress], None]
+ALIGN_PART = 0.1
+"""Part of the time limit kept for `align`, where there is affinity."""
 
 
 class Run:
@@ -79,7 +84,7 @@ def solve_scalable(
     report: Report | None = None,
     start: Placement | None = None,
 ) -> Solution | Infeasible:
-    """Plan every layer by attempts, local search and large neighbourhoods.
+    """Plan every layer by attempts, local search and large neighbourhoods; then align the layers for affinity.
 
     Returns `Infeasible` (not proven) where no attempt found room for every replica.
     """
@@ -87,14 +92,22 @@ def solve_scalable(
     layers = layer_problems(problem)
     starts = [None if start is None else layout_of(problem, layer, start) for layer in layers]
     searches = [LayerSearch(la, problem.objective, params, st) for la, st in zip(layers, starts, strict=True)]
-    run = Run(searches, stop, report, began_s)
+    part = replace(stop, time_limit_s=stop.time_limit_s * (1.0 - ALIGN_PART)) if affine(problem) else stop
+    run = Run(searches, part, report, began_s)
     lost = run.start()
     if lost:
         return Infeasible(tuple(_no_room(layer) for layer in lost), proven=False)
     run.improve()
-    placement = placement_of(problem, layers, [s.best for s in searches if s.best is not None])
+    layouts = [s.best for s in searches if s.best is not None]
+    in_time = partial(within, stop, began_s)
+    placement = placement_of(problem, layers, aligned(problem, layers, layouts, in_time))
     bound = problem_bound(problem, layers, np.array([s.bound_s for s in searches]))
     return Solution(placement, evaluate(problem, placement), bound, run.reason, "scalable")
+
+
+def within(stop: StoppingRule, began_s: float) -> bool:
+    """Whether there is time left of a run that began at ``began_s``."""
+    return stop.now() - began_s < stop.time_limit_s
 
 
 def _no_room(layer: LayerProblem) -> Lack:

@@ -1,7 +1,8 @@
 """Splitting one batch's tokens of replicated experts over their replicas (eq. 6), fast enough for every step.
 
-Workers call `split` on the counts measured after routing. It begins with the placement's fixed shares and evens out two
-replicas at a time, in whole tokens; the slowest device never gets slower, so it is never worse than the fixed shares.
+Workers call `split` on the counts measured after routing. It begins with the placement's fixed shares, evens out two
+replicas at a time, in whole tokens, then sends tokens along paths (`split_relief`) until the optimum is proved near.
+The slowest device never gets slower, so the split is never worse than the fixed shares.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ import numpy.typing as npt
 
 from .fields import FloatArray, IntArray, fail
 from .placement import Replica
+from .split_relief import Outlets, Relief
+from .split_spread import Spread
 
+SWEEPS = 4
+"""Most passes over the replicated experts before paths are searched."""
 _Two = tuple[int, int, int, float, float]
 """A unit with two replicas: position of the first, both devices, both rates."""
 _More = tuple[list[int], list[int]]
@@ -94,16 +99,18 @@ class SplitTable:
         return twos, more
 
     @cached_property
-    def _outlets(self) -> list[list[tuple[int, list[int]]]]:
-        """By device: positions of its replicas of shared experts, and the devices of the expert's other replicas."""
-        outlets: list[list[tuple[int, list[int]]]] = [[] for _ in self._rates]
+    def _spread(self) -> Spread:
+        return Spread.of(self.expert_R, self.device_R, self.token_s_D)
+
+    @cached_property
+    def _outlets(self) -> Outlets:
+        outlets: Outlets = [[] for _ in self._rates]
         at = 0
         for replicas in self.replicas_E:
-            on = [r.device for r in replicas]
-            for k, d in enumerate(on):
-                if len(on) > 1:
-                    outlets[d].append((at + k, on[:k] + on[k + 1 :]))
-            at += len(on)
+            places = [(at + k, r.device) for k, r in enumerate(replicas)]
+            for here, d in places if len(places) > 1 else ():
+                outlets[d].append((here, [place for place in places if place[0] != here]))
+            at += len(places)
         return outlets
 
     def by_share(self, tokens_E: IntArray) -> IntArray:
@@ -119,7 +126,7 @@ class SplitTable:
         return time
 
 
-def split(table: SplitTable, tokens_E: IntArray, tolerance: float = 5e-3, sweeps: int = 16) -> IntArray:
+def split(table: SplitTable, tokens_E: IntArray, tolerance: float = 5e-3, rounds: int = 40) -> IntArray:
     """Tokens of every replica (order of ``table.expert_R``), whole numbers that add up to ``tokens_E``.
 
     Parameters
@@ -129,20 +136,24 @@ def split(table: SplitTable, tokens_E: IntArray, tolerance: float = 5e-3, sweeps
         The batch's tokens per expert, none negative.
     tolerance : float
         Stop once the slowest device is proved within this part of the optimum.
-    sweeps : int
-        Most passes over the replicated experts.
+    rounds : int
+        Most searches for paths after the `SWEEPS` passes over the replicated experts.
     """
     amount_R = table.by_share(tokens_E)
-    time = table.time_D(amount_R).tolist()
-    amount = amount_R.tolist()
-    top = max(time)
-    for _ in range(sweeps):
+    time_D = table.time_D(amount_R)
+    if table._shared[0] or table._shared[1]:
+        spread_R = table._spread.after(amount_R, time_D)
+        spread_D = table.time_D(spread_R)
+        if spread_D.max() < time_D.max():
+            amount_R, time_D = spread_R, spread_D
+    amount, time = amount_R.tolist(), time_D.tolist()
+    for _ in range(SWEEPS):
+        top = max(time)
         _sweep_twos(table._shared[0], amount, time)
         _sweep_more(table._shared[1], amount, time, table._rates)
-        now = max(time)
-        if top - now <= tolerance * now and _settled(table, amount, time, now * (1.0 - tolerance)):
+        if top - max(time) <= tolerance * top:
             break
-        top = now
+    Relief(table._outlets, amount, time, table._rates).run(tolerance, rounds)
     return np.array(amount, dtype=np.int64)
 
 
@@ -182,23 +193,3 @@ def _sweep_more(more: list[_More], amount: list[int], time: list[float], rate: l
             amount[positions[fast]] += moved
             time[a] -= rate[a] * moved
             time[b] += rate[b] * moved
-
-
-def _settled(table: SplitTable, amount: list[int], time: list[float], least: float) -> bool:
-    """Whether every device that the slowest one's tokens could flow to takes at least ``least``: a proof of eq. 6.
-
-    Those devices hold only tokens that cannot leave them, so under any split one of them takes their average or more.
-    """
-    outlets = table._outlets
-    seen = {time.index(max(time))}
-    todo = list(seen)
-    while todo:
-        for at, others in outlets[todo.pop()]:
-            if amount[at]:
-                for d in others:
-                    if d not in seen:
-                        if time[d] < least:
-                            return False
-                        seen.add(d)
-                        todo.append(d)
-    return True

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from concertina.errors import OperatorError
 from concertina.planners.advise import Horizon, advise, resplit
+from concertina.planners.check import check_placement
 from concertina.planners.check_migration import check_migration
 from concertina.planners.cluster import Cluster, Device
 from concertina.planners.cost import evaluate
@@ -332,3 +333,17 @@ def test_uneven_start_from_the_simple_default_is_balanced_again() -> None:
     answer = solved(problem, ReplanRules())
     sound(problem, answer)
     assert answer.missed == ()
+
+
+def test_full_devices_of_single_replicas_exchange_them_to_reach_the_balance() -> None:
+    """Two devices slow down, slots are nearly full: adding replicas alone stays below 0.75 of the best speed."""
+    names = [f"d{i}" for i in range(8)]
+    start = problem_of(64, 8, names, spare=4, layers=3)
+    left = [names[i] for i in (0, 1, 2, 4, 5, 6)]
+    slow = {"d2": 0.2, "d5": 0.2}
+    p = replace(start, cluster=cluster_of(left, slow))
+    answer = replan(p, QUICK)
+    assert isinstance(answer, Replan)
+    assert answer.missed == ()
+    assert answer.balance_L.min() >= 0.98 * (1 - 1e-6)
+    assert check_placement(p, answer.placement) == []

@@ -84,15 +84,21 @@ class Member:
         with suppress(EOFError, OSError, TypeError):
             while True:
                 number, answer = self._pipe.recv()
-                told = self._answers.pop(number)
-                if isinstance(answer, ConcertinaError):
-                    told.set_exception(answer)
-                else:
-                    told.set_result(answer)
+                _tell(self._answers.pop(number), answer)
         with self._lock:
             self._ended = True
         for left in self._answers.values():
-            left.set_exception(InternalError("its process ended"))
+            _tell(left, InternalError("its process ended"))
+
+
+def _tell(asked: Future[Any], answer: Any) -> None:
+    """Nobody may be waiting any more."""
+    if not asked.set_running_or_notify_cancel():
+        return
+    if isinstance(answer, ConcertinaError):
+        asked.set_exception(answer)
+    else:
+        asked.set_result(answer)
 
 
 class _Handle:

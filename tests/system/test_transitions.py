@@ -117,7 +117,9 @@ async def settled(load: Load, workers: int) -> DeploymentStatus:
             controller.check()
             status = await controller.status()
             states = [w.state for w in status.workers]
-            if status.phase == "serving" and states == ["serving"] * workers and not controller._busy:
+            record = controller._state.serving
+            whole = record is not None and {pool.name for pool in status.pools} >= set(record.layout.pools())
+            if whole and status.phase == "serving" and states == ["serving"] * workers and not controller._busy:
                 break
             await asyncio.sleep(0.05)
     for pool in status.pools:
