@@ -72,6 +72,8 @@ class Assignment:
     device, node : PoolExtents
     threads : int
         Compute threads from the commit of this generation on; 0 leaves them as they are.
+    host : str
+        This worker's address, at which members on other nodes reach it; empty: any.
     """
 
     generation: Generation
@@ -79,6 +81,7 @@ class Assignment:
     device: PoolExtents
     node: PoolExtents
     threads: int = 0
+    host: str = ""
 
     @property
     def device_name(self) -> str:

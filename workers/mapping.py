@@ -57,7 +57,7 @@ class Part:
 KVOf = Callable[[Assignment, MemfdPool], DeviceKV]
 
 
-def join(assignment: Assignment, kv_of: KVOf) -> Part:
+def join(assignment: Assignment, kv_of: KVOf, abandoned: Callable[[], bool] = lambda: False) -> Part:
     """Map pages and join the exchange, while another generation may be running in this process.
 
     Parameters
@@ -65,6 +65,8 @@ def join(assignment: Assignment, kv_of: KVOf) -> Part:
     assignment : Assignment
     kv_of : callable
         The worker's KV of the assignment's device, given the device's pool.
+    abandoned : callable
+        Whether the generation will not come; ends the wait for its other members.
 
     Raises
     ------
@@ -78,7 +80,7 @@ def join(assignment: Assignment, kv_of: KVOf) -> Part:
     trunk_u8 = _bytes(node, assignment.node.pages[TRUNK_KEY], writable=False)
     trunk = trunk_views(trunk_u8, generation.model, generation.dtype)
     kv = kv_of(assignment, device)
-    exchange = _exchange(assignment, node)  # last, because others wait for whoever has joined
+    exchange = _exchange(assignment, node, abandoned)  # last, because others wait for whoever has joined
     experts = ParallelExperts(exchange, generation.placement, kernel, BatchSplit(generation.placement))
     decoder = Decoder(generation.model, trunk, experts)
     pools = {assignment.node.name: node, assignment.device.name: device}
@@ -123,17 +125,17 @@ def _local_kernel(assignment: Assignment, pool: MemfdPool) -> LocalKernel:
     return run
 
 
-def _exchange(assignment: Assignment, node: MemfdPool) -> Exchange:
-    kinds: dict[str, Callable[[Assignment, MemfdPool], Exchange]] = {
-        "solo": lambda a, pool: SoloExchange(),
-        "shared": _shared_exchange,
-        "gloo": _group_exchange,
-        "nccl": _group_exchange,
+def _exchange(assignment: Assignment, node: MemfdPool, abandoned: Callable[[], bool]) -> Exchange:
+    kinds: dict[str, Callable[[], Exchange]] = {
+        "solo": SoloExchange,
+        "shared": lambda: _shared_exchange(assignment, node),
+        "gloo": lambda: _group_exchange(assignment, abandoned),
+        "nccl": lambda: _group_exchange(assignment, abandoned),
     }
     kind = assignment.generation.exchange.kind
     if kind not in kinds:
         raise InternalError(f"exchange: kind: expected one of {', '.join(kinds)}, got {kind!r}")
-    return kinds[kind](assignment, node)
+    return kinds[kind]()
 
 
 def _shared_exchange(assignment: Assignment, node: MemfdPool) -> Exchange:
@@ -145,12 +147,12 @@ def _shared_exchange(assignment: Assignment, node: MemfdPool) -> Exchange:
     return SharedMemoryExchange(region, assignment.rank, size, spec.capacity_bytes, spec.timeout_s, locks)
 
 
-def _group_exchange(assignment: Assignment, node: MemfdPool) -> Exchange:
+def _group_exchange(assignment: Assignment, abandoned: Callable[[], bool]) -> Exchange:
     from .exchange.group import GroupExchange, Rendezvous
 
     generation = assignment.generation
     spec = generation.exchange
-    rendezvous = Rendezvous(spec.store_host, spec.store_port, f"generation-{generation.id}")
+    rendezvous = Rendezvous(spec.store_host, spec.store_port, f"generation-{generation.id}", abandoned)
     size = len(generation.placement.devices)
     backend: Literal["gloo", "nccl"] = "nccl" if spec.kind == "nccl" else "gloo"
-    return GroupExchange(rendezvous, assignment.rank, size, spec.timeout_s, backend)
+    return GroupExchange(rendezvous, assignment.rank, size, spec.timeout_s, backend, assignment.host)

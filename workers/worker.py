@@ -68,7 +68,7 @@ class Worker:
             self._joining.add(generation)
         part: Part | None = None
         try:
-            part = join(assignment, self._kv_for)
+            part = join(assignment, self._kv_for, lambda: generation in self._abandoned)
         finally:
             kept = self._joined(generation, part)
             if not kept:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 import torch
 from concertina.errors import InternalError, OperatorError, PeerLost
@@ -38,6 +43,33 @@ def test_nobody_listens() -> None:
 def test_a_member_that_never_comes(store: TCPStore) -> None:
     with pytest.raises(PeerLost, match="a peer was lost: it did not form a group"):
         GroupExchange(Rendezvous("127.0.0.1", store.port, "b"), 0, 2, 0.5)
+
+
+def test_waiting_for_a_member_can_be_broken_off(store: TCPStore) -> None:
+    given_up = threading.Event()
+    rendezvous = Rendezvous("127.0.0.1", store.port, "f", given_up.is_set)
+    threading.Timer(0.2, given_up.set).start()
+    with pytest.raises(PeerLost, match="abandoned"):
+        GroupExchange(rendezvous, 0, 2, 60.0)
+
+
+def listening_at(host: str) -> bool:
+    address = socket.inet_aton(host)[::-1].hex().upper()
+    lines = Path("/proc/net/tcp").read_text().splitlines()
+    return any(f" {address}:" in line and " 0A " in line for line in lines)
+
+
+def test_members_listen_at_their_own_addresses(store: TCPStore) -> None:
+    hosts = ["127.0.7.1", "127.0.7.2"]
+
+    def join(rank: int) -> GroupExchange:
+        return GroupExchange(Rendezvous("127.0.0.1", store.port, "e"), rank, 2, 20.0, "gloo", hosts[rank])
+
+    with ThreadPoolExecutor(2) as threads:
+        both = list(threads.map(join, range(2)))
+        assert all(map(listening_at, hosts))
+        assert list(threads.map(lambda ex: ex.all_gather([ex.rank]), both)) == [[[0], [1]]] * 2
+        list(threads.map(lambda ex: ex.close(), both))
 
 
 def test_unknown_backend(store: TCPStore) -> None:

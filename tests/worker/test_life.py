@@ -317,11 +317,11 @@ def test_abandoned_while_it_joins(make_site: MakeSite, hire: Hire, monkeypatch: 
     (slow,), (quick,) = site.generation(["a"], "solo"), site.generation(["a"], "solo")
     gate, joining, real = threading.Event(), threading.Event(), mapping._exchange
 
-    def wait(assignment: object, node: object) -> object:
+    def wait(assignment: object, *rest: object) -> object:
         if assignment is slow:
             joining.set()
             assert gate.wait(20)
-        return real(assignment, node)  # type: ignore[arg-type]
+        return real(assignment, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(mapping, "_exchange", wait)
     errors: list[Exception] = []

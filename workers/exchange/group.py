@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from .base import BaseExchange, Pending
 from .store_bell import StoreBell
 
 GroupBackend = Literal["gloo", "nccl"]
+_POLL_S = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +33,14 @@ class Rendezvous:
         A `TCPStore` server, which lives with the controller.
     prefix : str
         Unique to the attempt, for instance ``"gen7.1"``: keys of a failed attempt stay in the store.
+    abandoned : callable
+        Whether this attempt has been given up; asked while the others are waited for.
     """
 
     host: str
     port: int
     prefix: str
+    abandoned: Callable[[], bool] = lambda: False
 
     def connect(self, timeout_s: float) -> Store:
         """A connection of its own: one that waits for a key holds its lock, so nobody else can use it.
@@ -53,11 +58,32 @@ class Rendezvous:
             raise OperatorError(f"exchange: store at {self.host}:{self.port}: {_first_line(e)}") from e
         return PrefixStore(self.prefix, store)
 
+    def meet(self, store: Store, rank: int, size: int, timeout_s: float) -> None:
+        """Return once all members have come here. Forming a group cannot be broken off, waiting here can.
 
-def make_group(backend: GroupBackend, store: Store, rank: int, size: int, timeout_s: float) -> ProcessGroup:
+        Raises
+        ------
+        PeerLost
+            A member did not come within ``timeout_s``, or the attempt was abandoned.
+        """
+        came = [f"came/{member}" for member in range(size)]
+        store.set(came[rank], "")
+        end_s = time.monotonic() + timeout_s
+        while not store.check(came):
+            if self.abandoned():
+                raise PeerLost(-1, "the attempt was abandoned")
+            if time.monotonic() > end_s:
+                raise PeerLost(-1, f"it did not form a group: it did not come within {timeout_s:g} s")
+            time.sleep(_POLL_S)
+
+
+def make_group(
+    backend: GroupBackend, store: Store, rank: int, size: int, timeout_s: float, host: str = ""
+) -> ProcessGroup:
     """A process group that is registered nowhere, so that several generations can live in one process.
 
-    Blocks until all members have called it.
+    Blocks until all members have called it. gloo listens at the address ``host``; without one, where this machine's
+    name leads, which often is loopback.
 
     Raises
     ------
@@ -71,7 +97,7 @@ def make_group(backend: GroupBackend, store: Store, rank: int, size: int, timeou
         group = ProcessGroup(store, rank, size)
         if backend == "gloo":
             kind, device = ProcessGroup.BackendType.GLOO, torch.device("cpu")
-            transport: Backend = dist.ProcessGroupGloo(store, rank, size, timeout)
+            transport: Backend = _gloo(store, rank, size, timeout, host)
         elif backend == "nccl" and dist.is_nccl_available() and torch.cuda.is_available():
             kind, device = ProcessGroup.BackendType.NCCL, torch.device("cuda", torch.cuda.current_device())
             transport = _nccl(store, rank, size, timeout, device)
@@ -81,6 +107,16 @@ def make_group(backend: GroupBackend, store: Store, rank: int, size: int, timeou
         group._set_default_backend(kind)
         group._register_backend(device, kind, transport)
     return group
+
+
+def _gloo(store: Store, rank: int, size: int, timeout: timedelta, host: str) -> Backend:
+    gloo: Any = dist.ProcessGroupGloo  # torch's type stubs know other options than it has
+    if not host:
+        return cast(Backend, gloo(store, rank, size, timeout))
+    options = gloo._Options()
+    options._timeout = timeout
+    options._devices = [gloo.create_device(hostname=host)]
+    return cast(Backend, gloo(store, rank, size, options))
 
 
 def _nccl(store: Store, rank: int, size: int, timeout: timedelta, device: torch.device) -> Backend:
@@ -108,15 +144,26 @@ class GroupExchange(BaseExchange):
         member computes between two calls.
     backend : {"gloo", "nccl"}
         nccl takes CUDA tensors of the current device.
+    host : str
+        Address of this member, at which the others reach it with gloo; empty: where the machine's name leads.
     """
 
     def __init__(
-        self, rendezvous: Rendezvous, rank: int, size: int, timeout_s: float, backend: GroupBackend = "gloo"
+        self,
+        rendezvous: Rendezvous,
+        rank: int,
+        size: int,
+        timeout_s: float,
+        backend: GroupBackend = "gloo",
+        host: str = "",
     ) -> None:
         super().__init__(rank, size)
         self._timeout = timedelta(seconds=timeout_s)
         self._device = torch.device("cpu") if backend == "gloo" else torch.device("cuda", torch.cuda.current_device())
-        self._group = make_group(backend, rendezvous.connect(timeout_s), rank, size, timeout_s)
+        store = rendezvous.connect(timeout_s)
+        with _peers_may_be_lost("did not form a group"):
+            rendezvous.meet(store, rank, size, timeout_s)
+        self._group = make_group(backend, store, rank, size, timeout_s, host)
         self._bell = StoreBell(rendezvous.connect(timeout_s), rendezvous.connect(timeout_s))
 
     def close(self) -> None:
