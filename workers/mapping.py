@@ -20,7 +20,9 @@ from .exchange.shared import SharedMemoryExchange
 from .exchange.solo import SoloExchange
 from .families.layout import expert_layout
 from .generation import TRUNK_KEY, Assignment, PoolExtents, expert_key
+from .model.batch import Batch, Chunk
 from .model.decoder import Decoder
+from .model.kv import KVCache
 from .model.views import DTYPES, expert_views, trunk_views
 from .pages.memfd import MemfdPool, map_pages
 from .pages.sharing import fetch_pool
@@ -80,6 +82,7 @@ def join(assignment: Assignment, kv_of: KVOf, abandoned: Callable[[], bool] = la
     trunk_u8 = _bytes(node, assignment.node.pages[TRUNK_KEY], writable=False)
     trunk = trunk_views(trunk_u8, generation.model, generation.dtype)
     kv = kv_of(assignment, device)
+    _warm_up(assignment, trunk, kernel)
     exchange = _exchange(assignment, node, abandoned)  # last, because others wait for whoever has joined
     experts = ParallelExperts(exchange, generation.placement, kernel, BatchSplit(generation.placement))
     decoder = Decoder(generation.model, trunk, experts)
@@ -94,6 +97,8 @@ def _pool(extents: PoolExtents) -> MemfdPool:
 def _bytes(pool: MemfdPool, pages: tuple[int, ...], *, writable: bool) -> Tensor:
     """Pages as one uint8 tensor, which keeps them mapped."""
     mapped = map_pages(pool, pages, writable=writable)
+    if not writable:  # weights: their first use shall not be slower than the second
+        mapped.populate()
     return view(mapped, torch.uint8, (mapped.nbytes,))
 
 
@@ -123,6 +128,21 @@ def _local_kernel(assignment: Assignment, pool: MemfdPool) -> LocalKernel:
         return kernel(x_NH, slots_NK.long(), weights_NK, w13, w2)
 
     return run
+
+
+def _warm_up(assignment: Assignment, trunk: Mapping[str, Tensor], kernel: LocalKernel) -> None:
+    """One token through everything that this worker holds, so that its first step is as quick as the next one."""
+    generation = assignment.generation
+    held = [len(devices[assignment.rank]) for devices in generation.placement.experts_LD]
+
+    def first_expert(layer: int, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        if not held[layer]:
+            return torch.zeros_like(x_TH)
+        return kernel(layer, x_TH, torch.zeros_like(ids_TK[:, :1]), weights_TK[:, :1])
+
+    cache = KVCache.allocate(generation.model, generation.dtype, 1, generation.block_tokens)
+    with torch.inference_mode():
+        Decoder(generation.model, trunk, first_expert).forward(Batch.of([Chunk([0], 0, [0], True)]), cache)
 
 
 def _exchange(assignment: Assignment, node: MemfdPool, abandoned: Callable[[], bool]) -> Exchange:

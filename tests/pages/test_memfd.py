@@ -229,3 +229,13 @@ def test_descriptors_that_are_no_sealed_pool_are_refused(tmp_path: Path, pool: M
             backend.import_pool(fds, PoolGeometry("bad", pages, PAGE))
     os.close(unsealed)
     os.close(plain)
+
+
+def test_populating_enters_pages_without_changing_them(pool: MemfdPool) -> None:
+    writer = map_pages(pool, [3, 1])
+    writer.memory()[:] = bytes(range(256)) * (writer.nbytes // 256)
+    mapped = map_pages(pool, [3, 1], writable=False)
+    before = pool.resident_bytes()
+    assert mapped.populate()
+    assert pool.resident_bytes() == before
+    assert bytes(mapped.memory()) == bytes(writer.memory())

@@ -13,7 +13,7 @@ from ...errors import InternalError
 from .backend import runs
 from .holds import Holds
 from .spans import Span, Spans
-from .syscalls import MAP_NORESERVE, map_fixed, unmap_fixed
+from .syscalls import MAP_NORESERVE, map_fixed, populate, unmap_fixed
 
 if TYPE_CHECKING:
     from .memfd import MemfdPool
@@ -150,6 +150,13 @@ class MemfdRange:
         except Exception:
             self.unmap(position, len(pages))
             raise
+
+    def populate(self) -> bool:
+        """Spare the first touch of every mapped page its fault; all positions must be mapped. False if refused.
+
+        For pages that have been written: one that has not would become memory.
+        """
+        return populate(self._base, self.nbytes)
 
     def unmap(self, position: int, count: int) -> None:
         self._check_positions(position, count)
