@@ -54,7 +54,7 @@ counts = st.integers(1, 5)
 def test_any_count_to_any_other(
     first: int, others: list[int], two_nodes: bool, separate: bool, experts: int, spare: int
 ) -> None:
-    """Every expert is placed, devices stay where they are, names do not repeat, budgets hold."""
+    """C6: every expert is placed, devices stay where they are, names do not repeat, budgets hold."""
     planned_for = context(
         *((A, B) if two_nodes else (A,)),
         experts=experts,
@@ -132,7 +132,7 @@ def test_few_experts_move() -> None:
 @given(st.integers(1, 4), st.integers(0, 10**6))
 @settings(max_examples=10, deadline=None)
 def test_rebalancing_keeps_devices_and_ends(workers: int, seed: int) -> None:
-    """Once the loads have what they want, the same loads want nothing else."""
+    """C8: once the loads have what they want, the same loads want nothing else."""
     planned_for = context(spare_slots=2)
     current = layout_of(planned_for, workers)
     assert rebalanced(current, planned_for) is current, "even loads, even placement"
@@ -259,7 +259,7 @@ def check_route(current: Layout, target: Layout, planned_for: Context) -> int:
 @given(st.integers(2, 4), st.integers(2, 4), st.integers(0, 3), st.integers(0, 10**6))
 @settings(max_examples=15, deadline=None)
 def test_a_route_never_exceeds_a_device(workers: int, others: int, slack: int, seed: int) -> None:
-    """Where memory is a device's own and tight, several generations lead there; each transition fits."""
+    """C7: where memory is a device's own and tight, several generations lead there; each transition fits."""
     slots = -(-8 // min(workers, others))
     pages = (2 * slots + slack) * 2 + 4  # two layers of experts, and a sequence of four blocks
     planned_for = context(memory_mode="separate", device_memory_bytes=pages * KIB64, exchange="gloo")

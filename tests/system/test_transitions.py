@@ -1,4 +1,4 @@
-"""Real workers in processes of their own, a real controller and router: random transitions and kills under load.
+"""Real workers in processes of their own, a real controller and router: random transitions and kills under load (S3).
 
 Every stream is greedy in float32; its tokens must be those of a run in which nothing happened.
 """
