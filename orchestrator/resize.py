@@ -23,7 +23,7 @@ from .core.layout import Layout, Seat, node_pool
 from .planning import Context, device_memory, exchange_kind, exchange_pages, next_node
 from .room import check_nodes
 
-_TIME_LIMIT_S = 0.2  # the operator waits for it, and what serves shares the cores; the balancer improves on it later
+_TIME_LIMIT_S = 0.05  # the operator waits for it, and what serves shares the cores; the balancer improves on it later
 _MOST_PER_CORE = 16  # more could only be a slip, and planning for them would take long
 _PREFIX = "cpu-"
 _LEAST_NODE_PREFIX = 4  # characters of a node's id that name it, as the status shows
