@@ -289,7 +289,8 @@ def test_collapsing_goes_on_after_refusals_and_spares_regions_with_free_pages(ow
     asked: list[int] = []
 
     def every_second(address: int, nbytes: int) -> bool:
-        assert nbytes == HUGE_BYTES
+        if nbytes > HUGE_BYTES:  # adjoining ones are tried together first
+            return False
         asked.append((address - window.address) // HUGE_BYTES)
         return asked[-1] % 2 == 0
 

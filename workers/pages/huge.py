@@ -5,10 +5,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 
+from .backend import runs
 from .ranges import HUGE_BYTES, MemfdRange
 from .syscalls import collapse
 
 Run = tuple[int, int]
+_TOGETHER = 64
 
 
 class HugePages:
@@ -41,7 +43,8 @@ class HugePages:
         regions = self._touched(wanted) - self._huge
         regions -= self._with_free_pages(regions, list(free))
         whole = self._window.nbytes // HUGE_BYTES
-        won = {region for region in sorted(regions) if region < whole and self._collapse(region)}
+        asked = runs(sorted(region for region in regions if region < whole))
+        won = {region for first, count in asked for part in _parts(first, count) for region in self._won(part)}
         self._huge |= won
         return len(won)
 
@@ -49,10 +52,16 @@ class HugePages:
         """Pages were given back; the kernel has split their huge pages."""
         self._huge -= self._touched(freed)
 
-    def _collapse(self, region: int) -> bool:
-        offset = region * HUGE_BYTES
-        self._window.memory(offset, 1).tobytes()  # a region without any page is refused (EINVAL); reading makes one
-        return self._kernel_collapse(self._window.address + offset, HUGE_BYTES)
+    def _won(self, part: range) -> Iterable[int]:
+        """Regions of ``part`` that became huge; where the kernel refuses one of them, each is tried alone."""
+        if self._collapse(part):
+            return part
+        return [region for region in part if len(part) > 1 and self._collapse(range(region, region + 1))]
+
+    def _collapse(self, part: range) -> bool:
+        for region in part:  # one without any page is refused (EINVAL); reading makes one
+            self._window.memory(region * HUGE_BYTES, 1).tobytes()
+        return self._kernel_collapse(self._window.address + part.start * HUGE_BYTES, len(part) * HUGE_BYTES)
 
     def _with_free_pages(self, regions: Iterable[int], free: list[Run]) -> set[int]:
         """Looked up per region: a large pool has many more regions that are free as a whole."""
@@ -72,3 +81,9 @@ class HugePages:
             for first, count in runs
             for region in range(first * size // HUGE_BYTES, -(-(first + count) * size // HUGE_BYTES))
         }
+
+
+def _parts(first: int, count: int) -> list[range]:
+    """Adjoining regions together: each call has a cost of its own, and 64 at once took a fifth of the time."""
+    ends = first + count
+    return [range(at, min(at + _TOGETHER, ends)) for at in range(first, ends, _TOGETHER)]
