@@ -41,7 +41,7 @@ format: $(READY)  ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 bench: $(READY)  ## Run every benchmark in its quick form
-	@for name in exchange placement serving; do $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
+	@for name in exchange placement serving elasticity; do $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
 
 clean:  ## Remove the environment, caches and the demo's checkpoint
 	rm -rf $(VENV) .demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -43,7 +43,7 @@ def split_rows(quick: bool) -> list[dict[str, Any]]:
             for drift in DRIFTS:
                 batches = [rng.poisson(load_E * np.exp(rng.normal(0, drift, EXPERTS))) for _ in range(BATCHES)]
                 row = {"part": "split", "replicas": name, "mixed": mixed, "drift": drift}
-                rows.append(row | _measured(table, batches[: 2 if quick else BATCHES]))
+                rows.append({**row, **_measured(table, batches[: 2 if quick else BATCHES])})
     return rows
 
 

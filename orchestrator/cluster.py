@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Container, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -43,9 +43,12 @@ class Member:
     asked: asyncio.Task[None] | None = None
     asked_s: float = 0.0
 
-    def fact(self, now_s: float, hang_s: float) -> WorkerFact:
+    def fact(self, now_s: float, hang_s: float, nodes: Container[str] | None = None) -> WorkerFact:
+        """What it last said, unless it hangs, or its node is not one of ``nodes`` (None: any)."""
         report, late_s = self.report, now_s - self.asked_s if self.asked is not None else 0.0
         failed = report.failed or (f"gave no answer for {late_s:.0f} s" if late_s > hang_s else "")
+        if nodes is not None and self.node not in nodes:
+            failed = f"node {self.node} is gone"
         return WorkerFact(
             self.node,
             report.prepared,
@@ -105,7 +108,8 @@ class Cluster:
             if member.asked is None:
                 member.asked_s = self.hands.now_s()
                 member.asked = asyncio.create_task(self._ask(member))
-        asked = [member.asked for member in self.workers.values() if member.asked is not None]
+        there = (member for member in self.workers.values() if member.node in self.nodes)
+        asked = [member.asked for member in there if member.asked is not None]
         extents = [asyncio.create_task(self._refreshed(name)) for name in self.pools]
         if asked or extents:
             await asyncio.wait([*asked, *extents], timeout=_PATIENCE_S)
@@ -113,7 +117,7 @@ class Cluster:
         return Snapshot(
             nodes=frozenset(self.nodes),
             pools={name: PoolFact(p.node, p.source.address, p.pages) for name, p in self.pools.items()},
-            workers={name: m.fact(now_s, self.hang_s) for name, m in self.workers.items()},
+            workers={name: m.fact(now_s, self.hang_s, self.nodes) for name, m in self.workers.items()},
             store=self.store,
             busy=busy,
             errors=dict(errors),
@@ -126,6 +130,10 @@ class Cluster:
 
     async def look_at_nodes(self) -> None:
         self.nodes = {node.id: node for node in await self.hands.nodes()}
+        for name, pool in list(self.pools.items()):
+            if pool.node not in self.nodes:
+                _log.warning("memory owner %s is lost: node %s is gone", name, pool.node)
+                del self.pools[name]
 
     def forget_worker(self, name: str) -> None:
         self.workers.pop(name, None)

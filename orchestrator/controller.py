@@ -266,6 +266,7 @@ class Controller:
         """From where the deployment is, or is just going: where that is, and the way to the planned layout."""
         if self._state.serving is None:
             raise OperatorError("the deployment does not serve yet; ask again when it does")
+        await self._cluster.look_at_nodes()  # one may have joined just now
         context, base = self._context(), self._base()
         target = await asyncio.to_thread(plan, base, context)
         return base, await asyncio.to_thread(route, base, target, context)

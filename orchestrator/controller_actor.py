@@ -22,7 +22,7 @@ class ControllerService:
     """The controller as it is called from other processes; a restarted one goes on by itself, before it answers."""
 
     def __init__(self, config: DeploymentConfig) -> None:
-        logging.basicConfig(level=logging.INFO)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
         self._hands = RayHands(config.name)
         self._controller = Controller(config, self._hands)
         restarted = bool(ray.get_runtime_context().was_current_actor_reconstructed)

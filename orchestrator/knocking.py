@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import inf
 
 Address = tuple[str, int]
-_FRESH_S = 1.0  # an answer is taken for so long
+_FRESH_S = 0.1  # an answer is taken for so long
 _ANSWER_S = 0.5
 _TRIES = 2  # of somebody who is silent; who refuses is not asked again
 _PATIENCE_S = 0.02  # for all answers, before those missing are taken to be what they were
@@ -24,7 +24,7 @@ class _Door:
 
 
 class Knocking:
-    """Whether somebody listens at an address, asked again once a second. Lives in one event loop."""
+    """Whether somebody listens at an address, asked again after a moment. Lives in one event loop."""
 
     def __init__(self) -> None:
         self._doors: dict[Address, _Door] = {}

@@ -23,7 +23,9 @@ def address_of(listener: socket.socket) -> Address:
     return host, port
 
 
-def test_who_listens_answers_and_who_is_gone_does_not() -> None:
+def test_who_listens_answers_and_who_is_gone_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knocking, "_FRESH_S", 100.0)
+
     async def go() -> None:
         here, gone = socket.create_server(("127.0.0.1", 0)), socket.create_server(("127.0.0.1", 0))
         both = [address_of(here), address_of(gone)]

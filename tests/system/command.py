@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -142,8 +143,16 @@ class Server:
 
     @property
     def env(self) -> dict[str, str]:
-        """What makes another command find this server's Ray."""
-        return _env(self.directory)
+        """What makes another command find this server's Ray, also where there are others."""
+        return {**_env(self.directory), **self._address()}
+
+    def _address(self) -> dict[str, str]:
+        for process in descendants(self.process.pid):
+            command = Path(f"/proc/{process.pid}/cmdline").read_text()
+            if match := re.search(r"--gcs-address=([^\0 ]+)", command):
+                # Whoever names an address has to name this too; an embedded Ray asks for a token.
+                return {"RAY_ADDRESS": match[1], "RAY_AUTH_MODE": "token"}
+        return {}
 
     @property
     def stderr(self) -> str:

@@ -1,0 +1,234 @@
+"""What is measured: changes, the two other ways to another size, and kills. Each case gives a row."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from concertina.orchestrator.config import DeploymentConfig
+
+from .elasticity_deployment import LIMIT_S, Answer, Running, moved_bytes
+from .elasticity_load import Load
+from .elasticity_measures import (
+    Window,
+    longest_quiet_at_s,
+    longest_quiet_s,
+    longest_silence_s,
+    median_step_s,
+    peak_bytes,
+    steady_bytes,
+    tokens_per_s,
+)
+from .elasticity_memory import Sampler, actors
+
+Row = dict[str, Any]
+_AFTER_S = 0.5  # behind an operation's end: a pause that it causes late still counts
+
+
+@dataclass
+class Session:
+    """A deployment under load, and what watches it. The other ways to another size replace both.
+
+    ``watch_s`` is how long a steady state is looked at; ``streams`` counts those of earlier loads.
+    """
+
+    running: Running
+    load: Load
+    sampler: Sampler
+    clients: int
+    vocabulary: int
+    watch_s: float
+    streams: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    async def start(
+        cls, config: DeploymentConfig, sampler: Sampler, clients: int, vocabulary: int, watch_s: float
+    ) -> Session:
+        """Start the deployment and its clients; returns when every client has had answers."""
+        running = await Running.start(config)
+        session = cls(running, Load(config, clients, vocabulary), sampler, clients, vocabulary, watch_s)
+        try:
+            await session.load.everyone(clients, LIMIT_S)
+        except BaseException:
+            await session.stop()
+            raise
+        return session
+
+    async def stop(self) -> None:
+        await self.end_load(self.load)
+        await self.running.stop()
+
+    async def end_load(self, load: Load) -> None:
+        """Give its streams up, and count those that have ended."""
+        await load.close()
+        self.streams += Counter(finished=load.finished, failed=load.failed, changed=load.changed)
+
+    async def steady(self, workers: int) -> Window:
+        """Wait until nothing is under way, and watch for a while."""
+        await self.running.settled(workers)
+        begin_s = time.monotonic()
+        await asyncio.sleep(self.watch_s)
+        return Window(begin_s, time.monotonic())
+
+
+async def change(session: Session, workers: int) -> Row:
+    """Scale the running deployment under load."""
+    running, load = session.running, session.load
+    before_workers = len((await running.status()).workers)
+    preview = await running.preview(workers)
+    before = await session.steady(before_workers)
+    pools = await running.status()
+    answer = await running.scale(workers)
+    await asyncio.sleep(_AFTER_S)
+    settled = await running.settled(workers)
+    refilled_s = time.monotonic()
+    after = await session.steady(workers)
+    return {
+        "case": "change",
+        "change": f"{before_workers}_to_{workers}",
+        **_times(answer, refilled_s),
+        **_pause(load, answer, before),
+        **_throughput(load, answer, before, after, refilled_s),
+        **_memory(session, answer, before, after),
+        **moved_bytes(pools, settled),
+        "planned_bytes": preview.moved_bytes,
+        "wanted_bytes": answer.wanted_bytes,
+    }
+
+
+def _times(answer: Answer, refilled_s: float) -> Row:
+    return {
+        "plan_s": answer.begun_s - answer.asked_s,
+        "commit_s": answer.committed_s - answer.asked_s,
+        "end_s": answer.ended_s - answer.asked_s,
+        "standby_again_s": refilled_s - answer.asked_s,
+    }
+
+
+def _pause(load: Load, answer: Answer, before: Window) -> Row:
+    """Beside it the same of as long a time before, in which nothing happened: what the machine's noise makes."""
+    during = Window(answer.asked_s, answer.ended_s + _AFTER_S)
+    control = Window(max(before.begin_s, before.end_s - during.seconds), before.end_s)
+    step_s = median_step_s(load.arrivals, before)
+    pause_s = max(0.0, longest_quiet_s(load.arrivals, during) - step_s)
+    control_s = max(0.0, longest_quiet_s(load.arrivals, control) - step_s)
+    return {
+        "step_ms": step_s * 1e3,
+        "pause_ms": pause_s * 1e3,
+        "pause_steps": pause_s / step_s,
+        "pause_behind_commit_s": longest_quiet_at_s(load.arrivals, during) - answer.committed_s,
+        "control_pause_ms": control_s * 1e3,
+        "control_pause_steps": control_s / step_s,
+        "client_silence_ms": longest_silence_s(load.arrivals, during) * 1e3,
+        "control_client_silence_ms": longest_silence_s(load.arrivals, control) * 1e3,
+    }
+
+
+def _throughput(load: Load, answer: Answer, before: Window, after: Window, refilled_s: float) -> Row:
+    """During is from request to end. Expected is the steady rate before until the commit, the one after from then."""
+    during = Window(answer.asked_s, answer.ended_s)
+    refill = Window(answer.ended_s, refilled_s)
+    old, new, now = (tokens_per_s(load.arrivals, window) for window in (before, after, during))
+    committed_s = answer.committed_s - answer.asked_s
+    expected = (old * committed_s + new * (during.seconds - committed_s)) / during.seconds
+    return {
+        "tokens_per_s_before": old,
+        "tokens_per_s_during": now,
+        "tokens_per_s_after": new,
+        "tokens_per_s_standby_starting": tokens_per_s(load.arrivals, refill),
+        "throughput_during_over_before": now / old,
+        "throughput_during_over_expected": now / expected,
+    }
+
+
+def _memory(session: Session, answer: Answer, before: Window, after: Window) -> Row:
+    """Peak from request to end over the larger of the steady states before and after."""
+    samples = session.sampler.between
+    steady = [steady_bytes(samples(w.begin_s, w.end_s)) for w in (before, after)]
+    total, pools = (max(part) for part in zip(*steady, strict=True))
+    peak, pool_peak = peak_bytes(samples(answer.asked_s - 0.1, answer.ended_s + 0.1))
+    return {
+        "steady_bytes": total,
+        "peak_bytes": peak,
+        "peak_over_steady": peak / total,
+        "pool_steady_bytes": pools,
+        "pool_peak_bytes": pool_peak,
+        "pool_peak_over_steady": pool_peak / pools,
+    }
+
+
+async def cold_restart(session: Session, workers: int) -> Row:
+    """Stop the deployment and start it at the new size in the same Ray, until the first token."""
+    before_workers = len((await session.running.status()).workers)
+    begin_s = time.monotonic()
+    await session.stop()
+    config = session.running.anew(workers)
+    session.running = await Running.start(config)
+    session.load = Load(config, session.clients, session.vocabulary)
+    first_s = await session.load.first_token_s(LIMIT_S)
+    return {"case": "cold_restart", "change": f"{before_workers}_to_{workers}", "serving_s": first_s - begin_s}
+
+
+async def second_copy(session: Session, workers: int) -> Row:
+    """Start a second deployment of the new size beside the first, let clients go there, and stop the first."""
+    old, old_load = session.running, session.load
+    before_workers = len((await old.status()).workers)
+    before = await session.steady(before_workers)
+    begin_s = time.monotonic()
+    config = old.anew(workers)
+    session.running = await Running.start(config)
+    session.load = Load(config, session.clients, session.vocabulary)
+    first_s = await session.load.first_token_s(LIMIT_S)
+    await old_load.drain(LIMIT_S)
+    await session.end_load(old_load)
+    await old.stop()
+    end_s = time.monotonic()
+    after = await session.steady(workers)
+    samples = session.sampler.between
+    steady = max(steady_bytes(samples(w.begin_s, w.end_s))[0] for w in (before, after))
+    rates = [tokens_per_s(old_load.arrivals, window) for window in (before, Window(begin_s, first_s))]
+    return {
+        "case": "second_copy",
+        "change": f"{before_workers}_to_{workers}",
+        "serving_s": first_s - begin_s,
+        "end_s": end_s - begin_s,
+        "peak_over_steady": peak_bytes(samples(begin_s, end_s))[0] / steady,
+        "throughput_during_over_before": rates[1] / rates[0],
+    }
+
+
+async def killed_worker(session: Session) -> Row:
+    """SIGKILL to a worker that serves; a standby takes its place."""
+    status = await session.running.status()
+    return await _killed(session, "killed_worker", status.workers[-1].pid, status.generation)
+
+
+async def killed_owner(session: Session) -> Row:
+    """SIGKILL to a memory owner; another one adopts its pool."""
+    owners = actors(os.getpid(), ["ray::OwnerActor"])
+    return await _killed(session, "killed_owner", owners[0], 0)
+
+
+async def _killed(session: Session, case: str, pid: int, generation: int) -> Row:
+    running, load = session.running, session.load
+    status = await running.status()
+    workers, pools = len(status.workers), len(status.pools)
+    before = await session.steady(workers)
+    os.kill(pid, signal.SIGKILL)
+    at_s = time.monotonic()
+    await asyncio.sleep(_AFTER_S)
+    await running.settled(workers, pools, generation)
+    after = Window(at_s, time.monotonic())
+    return {
+        "case": case,
+        "change": f"of_{workers}",
+        "silence_s": longest_silence_s(load.arrivals, after),
+        "control_silence_s": longest_silence_s(load.arrivals, before),
+        "quiet_s": longest_quiet_s(load.arrivals, after),
+        "whole_again_s": after.seconds,
+    }

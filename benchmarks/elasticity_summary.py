@@ -1,0 +1,92 @@
+"""Medians over repeats under flat names, and the ratios that the aims name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+Row = Mapping[str, Any]
+_MIB = 1 << 20
+_CHANGE = {
+    "plan_s": "plan_s",
+    "commit_s": "commit_s",
+    "end_s": "end_s",
+    "step_ms": "median_step_ms",
+    "pause_ms": "pause_ms",
+    "pause_steps": "pause_steps",
+    "control_pause_steps": "pause_without_change_steps",
+    "client_silence_ms": "client_silence_ms",
+    "tokens_per_s_before": "tokens_per_s_before",
+    "tokens_per_s_during": "tokens_per_s_during",
+    "tokens_per_s_after": "tokens_per_s_after",
+    "tokens_per_s_standby_starting": "tokens_per_s_while_a_standby_starts",
+    "throughput_during_over_before": "throughput_during_over_before_ratio",
+    "throughput_during_over_expected": "throughput_during_over_expected_ratio",
+    "peak_over_steady": "peak_over_steady_ratio",
+    "pool_peak_over_steady": "pool_peak_over_steady_ratio",
+}
+_OTHER_WAYS = {
+    "serving_s": "serving_s",
+    "end_s": "end_s",
+    "peak_over_steady": "peak_over_steady_ratio",
+    "throughput_during_over_before": "throughput_during_over_before_ratio",
+}
+_KILLED = {"silence_s": "silence_s", "control_silence_s": "silence_without_kill_s", "whole_again_s": "whole_again_s"}
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, float]:
+    """One number per measure, change, memory mode and checkpoint."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    streams: Counter[str] = Counter()
+    for row in rows:
+        if row["case"] == "streams":
+            # Rounded to fewer bits, a token depends on what else is in its batch, also where nothing changes.
+            for count in ("finished", "failed", "changed") if row["dtype"] == "float32" else ("finished", "failed"):
+                streams[f"streams_{count}_{row['checkpoint']}"] += row.get(count, 0)
+        else:
+            groups.setdefault((row["case"], f"{row['change']}_{row['mode']}_{row['checkpoint']}"), []).append(row)
+    out: dict[str, float] = {}
+    for (case, label), some in groups.items():
+        out |= _group(case, label, some)
+    return out | _speedups(out) | streams
+
+
+def _group(case: str, label: str, rows: Sequence[Row]) -> dict[str, float]:
+    if case == "change":
+        return _medians("", label, _CHANGE, rows) | _bytes(label, rows)
+    if case in ("cold_restart", "second_copy"):
+        return _medians(f"{case}_", label, _OTHER_WAYS, rows)
+    return _medians(f"{'recovery' if case == 'killed_worker' else case}_", label, _KILLED, rows)
+
+
+def _medians(prefix: str, label: str, names: Mapping[str, str], rows: Sequence[Row]) -> dict[str, float]:
+    there = {key: name for key, name in names.items() if key in rows[0]}
+    return {f"{prefix}{name}_{label}": round(median(row[key] for row in rows), 4) for key, name in there.items()}
+
+
+def _bytes(label: str, rows: Sequence[Row]) -> dict[str, float]:
+    out = {
+        f"{name}_mib_{label}": round(median(row[f"{name}_bytes"] for row in rows) / _MIB, 3)
+        for name in ("copied", "loaded", "planned")
+    }
+    moving = [row for row in rows if row["planned_bytes"]]
+    if moving:
+        copied = median(row["copied_bytes"] / row["planned_bytes"] for row in moving)
+        more = median((row["pool_peak_bytes"] - row["pool_steady_bytes"]) / row["planned_bytes"] for row in moving)
+        out[f"copied_over_planned_ratio_{label}"] = round(copied, 4)
+        out[f"pool_peak_less_steady_over_planned_ratio_{label}"] = round(more, 4)
+    return out
+
+
+def _speedups(figures: Mapping[str, float]) -> dict[str, float]:
+    """How many times sooner our commit comes than the other ways serve."""
+    out = {}
+    for key, commit_s in figures.items():
+        label = key.removeprefix("commit_s_")
+        for way in ("cold_restart", "second_copy"):
+            other_s = figures.get(f"{way}_serving_s_{label}")
+            if label != key and other_s is not None:
+                out[f"{way}_over_commit_ratio_{label}"] = round(other_s / commit_s, 1)
+    return out

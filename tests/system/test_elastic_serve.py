@@ -1,0 +1,219 @@
+"""``concertina serve`` as it is changed, and as its processes are killed, while the real client streams."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import openai
+import pytest
+import ray
+from concertina.errors import OperatorError
+from concertina.orchestrator.api import Deployment
+from concertina.orchestrator.status import DeploymentStatus
+from ray._private.authentication_test_utils import reset_auth_token_state
+
+from ..checkpoints import make_checkpoint
+from .client_load import ClientLoad
+from .command import GONE_S, Process, Server, concertina, descendants, wait_for
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+MODEL = "tiny"
+OPTIONS = {
+    "workers": "2",
+    "dtype": "float32",
+    "max-model-len": "500",
+    "device-memory": "10MiB",
+    "hang-timeout": "3",
+    "exchange-timeout": "20",
+    "rebalance-interval": "0",
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    checkpoint = make_checkpoint("olmoe", tmp_path_factory.mktemp("olmoe") / MODEL)
+    with Server.start(checkpoint, *(f"--{name}={value}" for name, value in OPTIONS.items())) as server:
+        server.wait_until_healthy()
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def deployment(server: Server) -> Iterator[Deployment]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.env.items():
+            patch.setenv(name, value)
+        reset_auth_token_state()  # Ray reads its environment once
+        yield Deployment(server.name)
+        ray.shutdown()
+    reset_auth_token_state()
+
+
+@pytest.fixture(scope="module")
+def load(client: openai.OpenAI) -> Iterator[ClientLoad]:
+    """Streams that go on from test to test, and must not notice any of them."""
+    load = ClientLoad(client, MODEL)
+    yield load
+    load.stop()
+
+
+def command(server: Server, *arguments: str, env: dict[str, str] | None = None) -> Any:
+    """What a command that succeeds prints as JSON."""
+    done = concertina(*arguments, "--json", "--name", server.name, env={**server.env, **(env or {})})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def refused(server: Server, *arguments: str, env: dict[str, str] | None = None) -> str:
+    """What a command that fails says at last."""
+    done = concertina(*arguments, "--name", server.name, env={**server.env, **(env or {})})
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def settled(deployment: Deployment, workers: int, least_generation: int = 0) -> DeploymentStatus:
+    def looked() -> bool:
+        nonlocal status
+        status = deployment.status()
+        serves = status.phase == "serving" and [w.state for w in status.workers] == ["serving"] * workers
+        return serves and status.generation >= least_generation and status.standbys == 1 and len(status.pools) == 1
+
+    status = deployment.status()
+    wait_for(looked, lambda: f"not settled: {status}")
+    for pool in status.pools:
+        assert sum(pool.by_purpose.values()) == pool.pages
+    return status
+
+
+def kv_blocks(status: DeploymentStatus) -> int:
+    """Of the worker with fewest."""
+    return min(worker.load.kv_blocks for worker in status.workers)
+
+
+def running(server: Server, kind: str) -> list[Process]:
+    """Processes of an actor's kind."""
+    return [p for p in descendants(server.process.pid) if p.name.startswith(f"ray::{kind}") and p.runs]
+
+
+def test_growing_and_shrinking(server: Server, deployment: Deployment, load: ClientLoad) -> None:
+    before = settled(deployment, 2)
+    preview = command(server, "scale", "--workers", "3", "--dry-run")
+    assert (preview["workers_before"], preview["workers_after"]) == (2, 3)
+    assert settled(deployment, 2).generation == before.generation
+
+    done = command(server, "scale", "--workers", "3", "--wait", "--timeout", "60s")
+    assert (done["state"], done["text"]) == ("done", "2 -> 3 workers")
+    grown = settled(deployment, 3)
+    assert kv_blocks(grown) > kv_blocks(before)
+    assert grown.generation == before.generation + 1
+    assert command(server, "scale", "--workers", "3", "--wait")["reason"] == "nothing to do"
+
+    drained = command(server, "drain", "cpu-1", "--deadline", "30s", "--wait")
+    assert drained["state"] == "done"
+    shrunk = settled(deployment, 2)
+    assert [worker.device for worker in shrunk.workers] == ["cpu-0", "cpu-2"]
+    assert kv_blocks(shrunk) == kv_blocks(before)
+
+    withdrawn = deployment.scale(6)  # has to start workers, which takes seconds
+    assert deployment.cancel(withdrawn.id).state == "canceled"
+    assert "ended already (canceled)" in refused(server, "cancel", withdrawn.id)
+    assert settled(deployment, 2).generation == shrunk.generation
+    load.more()
+    print(f"longest silence while scaling: {load.silent_s:.2f} s")
+
+
+def test_only_the_token_opens_it(server: Server, deployment: Deployment) -> None:
+    before = settled(deployment, 2)
+    wrong = {"CONCERTINA_TOKEN": "x" * 32}
+    for arguments in (("scale", "--workers", "1"), ("drain", "cpu-0"), ("rebalance",), ("cancel", "op-1")):
+        assert refused(server, *arguments, env=wrong).endswith("token: it is not this deployment's")
+    with pytest.raises(OperatorError, match="expected at least 16"):
+        Deployment(server.name, token="short").scale(1)
+    assert settled(deployment, 2).generation == before.generation
+
+
+def workers(server: Server, status: DeploymentStatus) -> list[int]:
+    return [status.workers[1].pid]
+
+
+def owners(server: Server, status: DeploymentStatus) -> list[int]:
+    return [p.pid for p in running(server, "OwnerActor")]
+
+
+def both(server: Server, status: DeploymentStatus) -> list[int]:
+    return workers(server, status) + owners(server, status)
+
+
+def controllers(server: Server, status: DeploymentStatus) -> list[int]:
+    return [p.pid for p in running(server, "ControllerService")]
+
+
+Victims = Callable[[Server, DeploymentStatus], list[int]]
+KILLS: dict[str, tuple[Victims, int, int]] = {  # whom, how, and generations that come of it
+    "worker": (workers, signal.SIGKILL, 1),
+    "owner": (owners, signal.SIGKILL, 0),
+    "both": (both, signal.SIGKILL, 1),
+    "controller": (controllers, signal.SIGKILL, 0),
+    "hang": (workers, signal.SIGSTOP, 1),
+}
+
+
+@pytest.mark.parametrize("kind", KILLS)
+def test_a_process_that_dies_is_not_noticed(
+    server: Server, deployment: Deployment, load: ClientLoad, kind: str
+) -> None:
+    victims, number, generations = KILLS[kind]
+    before = settled(deployment, 2)
+    load.more(1)
+    load.silent_s = 0.0
+    struck = [process for pid in victims(server, before) if (process := Process.of(pid)) is not None]
+    assert struck
+    for process in struck:
+        os.kill(process.pid, number)
+    wait_for(lambda: not any(p.runs for p in struck), lambda: f"still there: {struck}")
+    after = settled(deployment, 2, before.generation + generations)
+    assert after.generation == before.generation + generations
+    assert kv_blocks(after) == kv_blocks(before)
+    load.more()
+    print(f"longest silence, {kind}: {load.silent_s:.2f} s")
+
+
+def test_a_killed_ingress_leaves_nothing_behind(
+    server: Server, client: openai.OpenAI, deployment: Deployment, load: ClientLoad
+) -> None:
+    load.stop()
+    settled(deployment, 2)
+    asked: dict[str, Any] = {"model": MODEL, "prompt": "def f(x):", "temperature": 0}
+    whole = client.completions.create(**asked, max_tokens=8).choices[0].text
+    stream = iter(client.completions.create(**asked, max_tokens=480, stream=True))
+    next(stream)
+    (replica,) = running(server, "ServeReplica")
+    os.kill(replica.pid, signal.SIGKILL)
+    with pytest.raises(openai.APIConnectionError):
+        list(stream)
+    begin_s = time.monotonic()
+    assert client.completions.create(**asked, max_tokens=8).choices[0].text == whole
+    print(f"retry served after {time.monotonic() - begin_s:.2f} s")
+    loads = [worker.load for worker in deployment.status().workers]
+    assert [(load.running, load.waiting) for load in loads] == [(0, 0)] * 2
+
+
+def test_everything_ends(server: Server, deployment: Deployment) -> None:
+    """Runs last."""
+    ray.shutdown()
+    traces = server.traces()
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(GONE_S) == 0, server.stderr
+    assert "Traceback" not in server.stderr
+    wait_for(lambda: not traces.left(), lambda: f"left behind: {traces.left()}")
