@@ -145,9 +145,7 @@ class ProcessHands:
         return cast(OwnerHandle, _Handle(functools.partial(self._threads.submit, call)))
 
     async def start_worker(self, node: str, config: WorkerConfig) -> WorkerHandle:
-        if not self.idle:
-            raise InternalError(f"{config.name}: no process is left")
-        member = self.idle.pop()
+        member = self.idle.pop() if self.idle else Member()
         await asyncio.to_thread(member.call, "hire", config)
         self.workers[config.name] = member
         return cast(WorkerHandle, _Handle(member.ask))

@@ -30,7 +30,7 @@ from .crew import Deployment, Member, ProcessHands, deployed
 pytestmark = pytest.mark.ray  # several processes
 PROMPTS = [tuple((7 * k + i) % 250 for i in range(20 + 9 * k)) for k in range(6)]
 TOKENS = 48
-LIMIT_S = 60.0
+LIMIT_S = 100.0
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ class Load:
 @asynccontextmanager
 async def under_load(members: list[Member], checkpoint: Path, **fields: Any) -> AsyncIterator[Load]:
     engine = EngineOptions(max_model_len=256, threads=1)
-    options = {"engine": engine, "workers": 2, "standbys": 1, "exchange_timeout_s": 5.0, "hang_timeout_s": 2.0}
+    options = {"engine": engine, "workers": 2, "standbys": 1, "exchange_timeout_s": 10.0, "hang_timeout_s": 4.0}
     async with deployed(members, checkpoint, **{**options, **fields}) as deployment:
         load = Load(deployment, deployment.controller._config.token)
         following = asyncio.create_task(load.follow())
@@ -163,7 +163,6 @@ def strike(load: Load, kind: str, choose: random.Random) -> None:
         os.kill(victim.process.pid, SIGSTOP)
     if kind in ("owner", "both"):
         hands.owners.pop(choose.choice(sorted(hands.owners)))._owner.close()
-    hands.idle.append(Member())
 
 
 @pytest.mark.parametrize("fields", MODES, ids=str)
@@ -184,7 +183,7 @@ def test_requests_do_not_notice_kills(checkpoint: Path, members: list[Member], f
 
 @pytest.mark.parametrize(
     ("kind", "fields"),
-    [(kind, MODES[0]) for kind in ("worker", "owner", "both", "hang")] + [("worker", MODES[1]), ("both", MODES[2])],
+    [("worker", MODES[1]), ("owner", MODES[0]), ("both", MODES[2]), ("hang", MODES[0])],
     ids=str,
 )
 def test_a_kill_at_every_step_of_a_transition(
