@@ -18,8 +18,8 @@ from concertina.orchestrator.remote import controller_name
 from concertina.workers.protocol import EngineLoad, EngineOutput, EngineRequest, SamplingParams
 
 PROMPTS = [tuple((7 * k + i) % 250 for i in range(20 + 9 * k)) for k in range(6)]
-TOKENS = 300
-LENGTH = 400  # of the longest prompt with its tokens, and some room
+TOKENS = 200
+LENGTH = 300  # of the longest prompt with its tokens, and some room
 LIMIT_S = 60.0
 
 
@@ -87,7 +87,7 @@ class Streams:
             streams._reference = [await streams._answer(k) for k in range(len(PROMPTS))]
             streams._clients = [asyncio.create_task(streams._client(k)) for k in range(len(PROMPTS))]
             yield streams
-            await streams.more(2 * len(PROMPTS))
+            await streams.more(len(PROMPTS))
             streams._streaming = False
             await asyncio.wait_for(asyncio.gather(*streams._clients), LIMIT_S)
         finally:
