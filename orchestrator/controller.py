@@ -39,6 +39,7 @@ from .status import DeploymentStatus, MemberList, OperationStatus, Progress
 _log = logging.getLogger(__name__)
 _TICK_S = 1.0
 _STOP_S = 2.0
+_COUNT_S = 0.25
 _BACK_OFF_S = 0.3  # before an effect that failed is tried again
 
 
@@ -82,6 +83,7 @@ class Controller:
         self._balancer: Balancer | None = None
         self._members = MemberList(int(1000 * hands.now_s()))  # other versions than before a restart
         self._moved = Moved()
+        self._planning: asyncio.Task[None] | None = None
         self._saving = asyncio.Lock()
         self._wake = asyncio.Event()
         self._changed = asyncio.Condition()
@@ -146,7 +148,7 @@ class Controller:
         """End the loop, all workers and all owners, and forget the state."""
         if self._loop is not None:
             self._loop.cancel()
-        for task in self._busy.values():
+        for task in (*self._busy.values(), *([self._planning] if self._planning else [])):
             task.cancel()
         self._cluster.close()
         names = [*self._cluster.workers, *(pool.config.name for pool in self._cluster.pools.values())]
@@ -327,11 +329,11 @@ class Controller:
 
     async def _turn(self) -> None:
         self._wake.clear()
+        self._balance()
+        await self._count_moved()
         await self._cluster.look_at_nodes()
         errors, self._errors = self._errors, {}
-        snapshot = await self._cluster.look(frozenset(self._busy), errors)
-        await self._balance()
-        await self._count_moved()
+        snapshot = await self._cluster.look(frozenset(self._busy), errors)  # nothing slow between this and the decision
         for worker, fact in snapshot.workers.items():
             if fact.failed:
                 _log.warning("%s has to be ended: %s", worker, fact.failed)
@@ -356,23 +358,26 @@ class Controller:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _balance(self) -> None:
+    def _balance(self) -> None:
         """Let experts move where the measured loads ask for it, one generation at a time."""
         state, balancer = self._state, self._balancer
         if balancer is None or state.serving is None or state.failure:
             return
         balancer.observe({name: member.report for name, member in self._cluster.workers.items()})
-        if state.pending is not None or state.operation is not None or not balancer.due:
-            return
-        layout = state.serving.layout
+        planning = self._planning is not None and not self._planning.done()
+        if not planning and state.pending is None and state.operation is None and balancer.due:
+            self._planning = asyncio.create_task(self._follow_loads(balancer, state.serving.layout))
+
+    async def _follow_loads(self, balancer: Balancer, layout: Layout) -> None:
+        """Beside the loop: planning takes seconds, and a worker that dies meanwhile must not wait for it."""
         try:
             better = await asyncio.to_thread(balancer.plan, layout)
             way = await asyncio.to_thread(route, layout, better, self._context()) if better is not None else ()
+            serving = self._state.serving
+            if way and self._state.operation is None and serving is not None and serving.layout == layout:
+                await self._ask("rebalance", "following the measured loads", way)
         except Exception:  # noqa: BLE001 - experts that stay where they are serve; ending that would be worse
             _log.exception("planning failed; experts stay where they are")
-            return
-        if way and self._state.operation is None:
-            await self._ask("rebalance", "following the measured loads", way)
 
     async def _do(self, effect: Effect) -> None:
         assert self._deeds is not None
@@ -388,8 +393,11 @@ class Controller:
             self._woken()
 
     async def _count_moved(self) -> None:
-        if self._state.operation is not None and self._deeds is not None:
-            self._moved.note(self._state.operation.id, await self._moved_bytes(), self._deeds.wanted_bytes)
+        if self._state.operation is None or self._deeds is None:
+            return
+        with suppress(TimeoutError):  # an owner that hangs must not hold up everything else
+            async with asyncio.timeout(_COUNT_S):
+                self._moved.note(self._state.operation.id, await self._moved_bytes(), self._deeds.wanted_bytes)
 
     async def _moved_bytes(self) -> int:
         pools = list(self._cluster.pools.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 from concertina.errors import InternalError, OperatorError
+from concertina.orchestrator.balancer import Balancer
 from concertina.orchestrator.config import DeploymentConfig
 from concertina.orchestrator.controller import Controller
+from concertina.orchestrator.core.layout import Layout
 from concertina.orchestrator.hands import NodeInfo
 from concertina.orchestrator.preview import Preview
 from concertina.orchestrator.status import OperationStatus
@@ -190,6 +193,30 @@ def test_a_killed_worker_is_replaced_on_its_device(checkpoint: Path) -> None:
             assert await devices(controller) == ["cpu-0", "cpu-1"]
             await until(lambda: len(hands.workers) == 4)  # the next standby
             controller.check()
+
+    asyncio.run(go())
+
+
+def test_a_kill_does_not_wait_for_planning(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planning for the measured loads takes seconds; whoever dies meanwhile is replaced at once."""
+    planning, end = threading.Event(), threading.Event()
+
+    def plan(self: Balancer, layout: Layout) -> None:
+        planning.set()
+        end.wait(LIMIT_S)
+
+    monkeypatch.setattr(Balancer, "due", property(lambda self: not planning.is_set()))
+    monkeypatch.setattr(Balancer, "plan", plan)
+
+    async def go() -> None:
+        async with controlled(checkpoint, 2) as (_, hands, _):
+            await until(planning.is_set)
+            hands.workers[1].dead = True
+            hands.workers[0].parked = "PeerLost"
+            try:
+                await until(lambda: len(serving(hands)) == 2 and hands.workers[0].serving > 1)
+            finally:
+                end.set()
 
     asyncio.run(go())
 
