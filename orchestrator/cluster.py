@@ -104,15 +104,7 @@ class Cluster:
 
     async def look(self, busy: frozenset[Effect], errors: Mapping[Effect, Fault]) -> Snapshot:
         """Ask every worker and owner; one that does not answer at once is taken at its last word."""
-        for member in self.workers.values():
-            if member.asked is None:
-                member.asked_s = self.hands.now_s()
-                member.asked = asyncio.create_task(self._ask(member))
-        there = (member for member in self.workers.values() if member.node in self.nodes)
-        asked = [member.asked for member in there if member.asked is not None]
-        extents = [asyncio.create_task(self._refreshed(name)) for name in self.pools]
-        if asked or extents:
-            await asyncio.wait([*asked, *extents], timeout=_PATIENCE_S)
+        await self.ask()
         now_s = self.hands.now_s()
         return Snapshot(
             nodes=frozenset(self.nodes),
@@ -123,6 +115,18 @@ class Cluster:
             errors=dict(errors),
             now_s=now_s,
         )
+
+    async def ask(self) -> None:
+        """Have every report and every pool's extents anew, as far as they come at once."""
+        for member in self.workers.values():
+            if member.asked is None:
+                member.asked_s = self.hands.now_s()
+                member.asked = asyncio.create_task(self._ask(member))
+        there = (member for member in self.workers.values() if member.node in self.nodes)
+        asked = [member.asked for member in there if member.asked is not None]
+        extents = [asyncio.create_task(self._refreshed(name)) for name in self.pools]
+        if asked or extents:
+            await asyncio.wait([*asked, *extents], timeout=_PATIENCE_S)
 
     async def _refreshed(self, pool: str) -> None:
         with suppress(InternalError, KeyError):  # it has died: its watch tells

@@ -165,7 +165,8 @@ class Controller:
         return self._members
 
     async def status(self) -> DeploymentStatus:
-        """One picture of everything."""
+        """One picture of everything, as it is now."""
+        await self._cluster.ask()
         record, config = self._state.serving, self._config
         model = self._deeds.model if self._deeds else None
         phase = "failed" if self._state.failure else self._phase()

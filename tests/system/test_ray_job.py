@@ -141,7 +141,8 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 def ask(url: str, model: str) -> int:
     """Tokens of a completion."""
-    body = json.dumps({"model": model, "prompt": "def f(", "max_tokens": 12}).encode()
+    asked = {"model": model, "prompt": "def f(", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    body = json.dumps(asked).encode()
     request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as answer:
         tokens: int = json.load(answer)["usage"]["completion_tokens"]
