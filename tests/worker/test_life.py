@@ -196,18 +196,19 @@ def test_a_peer_that_leaves_parks_who_is_told_to_go_on_alone(make_site: MakeSite
 @pytest.mark.parametrize("way", ["mapped", "copied", "copied over TCP"])
 def test_a_worker_that_leaves_hands_its_streams_over(make_site: MakeSite, hire: Hire, loaded: Loaded, way: str) -> None:
     separate, far = way != "mapped", way == "copied over TCP"
-    site, workers = make_site("a", "b", separate=separate), [hire(), hire()]
+    room = 110  # for all four streams, however far they have come
+    site, workers = make_site("a", "b", blocks=room, separate=separate), [hire(), hire()]
     bring(workers, site.generation(["a", "b"]))
     gc.disable()
     try:
         with clients() as client:
-            streams = start_all(client, workers, 60)
+            streams = start_all(client, workers, 90)
             number = bring(workers[:1], site.generation(["a"], "solo"), workers[1])
             workers[1].worker.commit(number)
             with pytest.raises(InternalError, match="waits to be released"):
                 workers[1].worker.prepare(site.generation(["a", "b"])[1])
             for _ in range(2):
-                pages = workers[0].worker.adopt_kv(site.source("b", far=far), 60)
+                pages = workers[0].worker.adopt_kv(site.source("b", far=far), room)
             adopted = set() if separate else set(pages) & set(site.kv("b"))
             assert bool(adopted) != separate
             for _ in range(2):
@@ -254,7 +255,7 @@ def test_a_device_taken_over_keeps_its_prefixes(
     site, worker = make_site("a", separate=separate), hire()
     bring([worker], site.generation(["a"], "solo"))
     with clients() as client:
-        stream = client.start(worker, PROMPTS[3], 50)
+        stream = client.start(worker, PROMPTS[3], 130)  # long enough not to end before the worker does
         stream.wait_for(20)
         worker.worker.stop()
         with pytest.raises(PeerLost):
