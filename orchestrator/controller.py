@@ -22,7 +22,7 @@ from .balancer import Balancer
 from .cluster import Cluster
 from .config import DeploymentConfig
 from .core.facts import Effect, Fault
-from .core.layout import Layout
+from .core.layout import Layout, node_of_pool
 from .core.operations import cancel, request
 from .core.state import Operation, OperationKind, Stage, State
 from .core.step import step
@@ -120,7 +120,7 @@ class Controller:
         prefix = f"{self._config.name}/"
         for name, owner in existing.owners.items():
             pool = name.removeprefix(prefix)
-            await self._find_again(name, self._cluster.add_pool(pool, self._node_of_pool(pool), owner))
+            await self._find_again(name, self._cluster.add_pool(pool, node_of_pool(pool), owner))
         for name, (node, worker) in existing.workers.items():
             await self._find_again(name, self._cluster.add_worker(name, node, worker))
         record = self._state.serving or (self._state.pending.record if self._state.pending else None)
@@ -311,10 +311,6 @@ class Controller:
         site = Site(layout.seats, model_spec(model.config), self._config.spare_slots)
         self._balancer = Balancer(site, self._config.rebalance_s, self._config.loads_file, self._hands.now_s)
         self._loop = asyncio.create_task(self._run())
-
-    def _node_of_pool(self, pool: str) -> str:
-        records = [self._state.serving, self._state.pending.record if self._state.pending else None]
-        return next((r.layout.pools()[pool] for r in records if r and pool in r.layout.pools()), "")
 
     def _woken(self) -> None:
         self._wake.set()

@@ -29,6 +29,7 @@ from .core.facts import (
     ResizeKV,
     StartOwner,
     StartWorker,
+    StopOwner,
     StopWorker,
 )
 from .core.layout import node_pool
@@ -73,6 +74,8 @@ class Deeds:
         match effect:
             case StartOwner():
                 return self._start_owner(effect)
+            case StopOwner():
+                return self._stop_owner(effect)
             case StartWorker():
                 return self._start_worker(effect)
             case Fill():
@@ -123,6 +126,11 @@ class Deeds:
             await self.cluster.hands.kill(config.name)
             raise InternalError(f"pool {effect.pool} was not adopted from {lender.name}: {e}") from e
         return True
+
+    async def _stop_owner(self, effect: StopOwner) -> None:
+        pool = self.cluster.pools.pop(effect.pool, None)
+        if pool is not None:
+            await self.cluster.hands.kill(pool.config.name)
 
     async def _start_worker(self, effect: StartWorker) -> None:
         engine = self.config.engine

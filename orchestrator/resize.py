@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 from ..errors import OperatorError
 from ..planners.cluster import Cluster, Device
@@ -19,13 +20,12 @@ from ..planners.model import ModelSpec
 from ..planners.placement import Placement, Replica
 from ..planners.replan import ReplanRules, replan
 from ..planners.solution import Infeasible, StoppingRule
-from .core.layout import Layout, Seat, node_pool
+from .core.layout import Layout, Seat, free_names, node_pool
 from .planning import Context, device_memory, exchange_kind, exchange_pages, next_node
 from .room import check_nodes
 
 _TIME_LIMIT_S = 0.05  # the operator waits for it, and what serves shares the cores; the balancer improves on it later
 _MOST_PER_CORE = 16  # more could only be a slip, and planning for them would take long
-_PREFIX = "cpu-"
 _LEAST_NODE_PREFIX = 4  # characters of a node's id that name it, as the status shows
 
 
@@ -113,14 +113,10 @@ def _added(seats: tuple[Seat, ...], workers: int, context: Context) -> tuple[Sea
     names = {seat.device for seat in seats}
     taken = Counter(seat.node for seat in seats)
     added = list(seats)
-    number = 0
-    while len(added) < workers:
-        name = f"{_PREFIX}{number}"
-        number += 1
-        if name not in names:
-            node = next_node(context.nodes, taken)
-            taken[node] += 1
-            added.append(Seat(name, node))
+    for name in islice(free_names(names), workers - len(seats)):
+        node = next_node(context.nodes, taken)
+        taken[node] += 1
+        added.append(Seat(name, node))
     return tuple(added)
 
 

@@ -71,6 +71,13 @@ class StartOwner:
 
 
 @dataclass(frozen=True, slots=True)
+class StopOwner:
+    """End the owner of a pool that holds nothing."""
+
+    pool: str
+
+
+@dataclass(frozen=True, slots=True)
 class StartWorker:
     """Start a worker without a role."""
 
@@ -151,7 +158,18 @@ class Free:
 
 
 Effect = (
-    StartOwner | StartWorker | Fill | OpenStore | ResizeKV | Prepare | Commit | Abandon | HandOver | StopWorker | Free
+    StartOwner
+    | StopOwner
+    | StartWorker
+    | Fill
+    | OpenStore
+    | ResizeKV
+    | Prepare
+    | Commit
+    | Abandon
+    | HandOver
+    | StopWorker
+    | Free
 )
 
 

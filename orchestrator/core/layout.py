@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Literal
 
 from ...planners.placement import Placement
@@ -69,7 +70,7 @@ class Layout:
     def device_pool(self, rank: int) -> str:
         """Pool that holds this rank's experts and KV cache."""
         seat = self.seats[rank]
-        return node_pool(seat.node) if self.memory_mode == "shared" else f"device/{seat.device}"
+        return node_pool(seat.node) if self.memory_mode == "shared" else own_pool(seat)
 
     def pools(self) -> Mapping[str, str]:
         """Every pool and its node."""
@@ -103,12 +104,17 @@ class Layout:
         freed.
         """
         if not is_node_pool(pool):
-            return self._with_books(self.memory.device_pages)
+            return self.own_pool_pages
         ranks = [rank for rank in range(len(self.seats)) if self.device_pool(rank) == pool]
         experts = self.placement.layers * self.placement.experts * self.memory.expert_pages if ranks else 0
         kv = sum(self.kv_blocks(rank) for rank in ranks) * self.memory.kv_block_pages
         needed = experts + kv + self.memory.trunk_pages + 4 * self.exchange_pages
         return max(self._with_books(needed), self.node_pages)
+
+    @property
+    def own_pool_pages(self) -> int:
+        """Pages of the pool of a device with a memory of its own."""
+        return self._with_books(self.memory.device_pages)
 
     def _with_books(self, pages: int) -> int:
         """So many pages and those of the pool's table and ledger."""
@@ -141,9 +147,24 @@ class Layout:
         return {pool: tuple(requests.values()) for pool, requests in wanted.items()}
 
 
+def free_names(taken: Collection[str]) -> Iterator[str]:
+    """Names for further devices, lowest numbers first."""
+    return (name for name in map("cpu-{}".format, count()) if name not in taken)
+
+
 def node_pool(node: str) -> str:
     """Name of a node's pool."""
     return _NODE + node
+
+
+def own_pool(seat: Seat) -> str:
+    """Name of the pool of a device with a memory of its own."""
+    return f"device/{seat.node}/{seat.device}"
+
+
+def node_of_pool(pool: str) -> str:
+    """The node that a pool is on, by its name."""
+    return pool.split("/")[1]
 
 
 def is_node_pool(pool: str) -> bool:

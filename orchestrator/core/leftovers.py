@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 
 from ...workers.generation import LEDGER_KEY, kv_key
-from .facts import Abandon, Commit, Effect, Free, HandOver, ResizeKV, Snapshot, StartWorker, StopWorker
+from .facts import (
+    Abandon,
+    Commit,
+    Effect,
+    Free,
+    HandOver,
+    ResizeKV,
+    Snapshot,
+    StartOwner,
+    StartWorker,
+    StopOwner,
+    StopWorker,
+)
 from .health import kv_sizes, usable
+from .layout import Seat, free_names, own_pool
 from .state import Record, State
 
 _KV = kv_key("")
@@ -106,3 +120,19 @@ def standbys(state: State, snapshot: Snapshot) -> tuple[State, list[Effect]]:
             effects.append(StartWorker(f"worker-{state.next_worker}", node))
             state = replace(state, next_worker=state.next_worker + 1)
     return state, effects
+
+
+def standby_pools(state: State, snapshot: Snapshot) -> Iterator[StartOwner | StopOwner]:
+    """Where devices have memories of their own: keep those that as many new devices would have, on whichever node."""
+    assert state.serving is not None
+    layout = state.serving.layout
+    needed = layout.pools()
+    names = islice(free_names(layout.devices), state.standbys) if layout.memory_mode == "separate" else ()
+    wanted = {own_pool(Seat(n, node)): node for n in names for node in layout.nodes if node in snapshot.nodes}
+    for pool, fact in sorted(snapshot.pools.items()):
+        if pool not in needed and pool not in wanted and not set(fact.pages) - {LEDGER_KEY}:
+            yield StopOwner(pool)
+    ending = {e.pool for e in snapshot.busy if isinstance(e, StopOwner)}
+    for pool, node in wanted.items():
+        if pool not in snapshot.pools and pool not in ending:
+            yield StartOwner(pool, node, layout.own_pool_pages)

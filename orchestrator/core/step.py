@@ -23,12 +23,13 @@ from .facts import (
     Snapshot,
     StartOwner,
     StartWorker,
+    StopOwner,
     StopWorker,
     WorkerFact,
 )
 from .health import broken, filled, missing, missing_pools, usable
 from .layout import Layout
-from .leftovers import leftovers, resizes, standbys, yields
+from .leftovers import leftovers, resizes, standby_pools, standbys, yields
 from .operations import committed, end, next_layout
 from .state import Pending, Record, Stage, State
 from .survive import survive
@@ -188,8 +189,8 @@ def _begin(state: State, snapshot: Snapshot) -> State:
     """Open a new generation: the serving one's successor if it is broken, else what the operation asks for."""
     if state.pending is not None or state.failure:
         return state
-    if any(isinstance(e, Free | HandOver | ResizeKV) for e in snapshot.busy):
-        return state  # it would plan on extents that are about to go
+    if any(isinstance(e, Free | HandOver | ResizeKV | StopOwner) for e in snapshot.busy):
+        return state  # it would plan on extents and pools that are about to go
     reason = broken(state.serving, snapshot) if state.serving is not None else ""
     if reason:
         return _recover(state, snapshot, reason)
@@ -285,8 +286,13 @@ def _effects(state: State, snapshot: Snapshot) -> tuple[State, list[Effect]]:
     if state.serving is None:
         return state, effects
     effects += leftovers(state, snapshot)
-    if _is_clear(state, snapshot):
+    clear = _is_clear(state, snapshot)
+    if clear:
         effects += resizes(state, snapshot)
+    if state.operation is not None:
+        return state, effects  # processes that start would take the time that it needs
+    if clear:
+        effects += standby_pools(state, snapshot)
     state, starts = standbys(state, snapshot)
     return state, effects + starts
 

@@ -16,6 +16,7 @@ from concertina.orchestrator.core.facts import (
     ResizeKV,
     StartOwner,
     StartWorker,
+    StopOwner,
     StopWorker,
 )
 from concertina.orchestrator.core.layout import node_pool
@@ -36,6 +37,8 @@ def deed(world: World, effect: Effect) -> Deed:
     match effect:
         case StartOwner():
             return _startowner(world, effect)
+        case StopOwner():
+            return _stop_owner(world, effect)
         case StartWorker():
             return _start_worker(world, effect)
         case Fill():
@@ -74,6 +77,15 @@ def _startowner(world: World, effect: StartOwner) -> Deed:
     must(pool.pages == effect.pages, f"C12: {effect.pool} of {pool.pages} pages cannot be adopted as {effect.pages}")
     pool.loading.clear()
     world.owners[effect.pool] = pool
+
+
+def _stop_owner(world: World, effect: StopOwner) -> Deed:
+    yield CALLED
+    pool = world.owners.get(effect.pool)
+    if pool is not None:
+        needed = world.needed(pool.name) & pool.extents.keys()
+        must(not needed, f"C11: {pool.name} was stopped, which holds {needed}")
+        world.end_owner(pool.name)
 
 
 def _start_worker(world: World, effect: StartWorker) -> Deed:

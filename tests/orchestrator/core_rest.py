@@ -17,7 +17,7 @@ def check_rest(state: State, world: World) -> None:
     assert serving is not None
     must(world.steps(serving.id), f"C9: generation {serving.id} makes no steps: {world.workers}")
     _check_layout(state, serving.layout, world)
-    _check_pools(serving, world)
+    _check_pools(state, serving, world)
     _check_kv(serving, world)
     _check_workers(state, serving, world)
 
@@ -34,8 +34,13 @@ def _check_layout(state: State, layout: Layout, world: World) -> None:
     must(list(layout.seats) in survivors, f"C9: {layout.devices} was not asked for: {state.operations[done:]}")
 
 
-def _check_pools(serving: Record, world: World) -> None:
-    wanted = serving.layout.extents(serving.id)
+def _check_pools(state: State, serving: Record, world: World) -> None:
+    layout = serving.layout
+    wanted = layout.extents(serving.id)
+    free = [f"cpu-{k}" for k in range(len(layout.seats) + state.standbys) if f"cpu-{k}" not in layout.devices]
+    kept = free[: state.standbys] if layout.memory_mode == "separate" else []
+    expected_pools = {*wanted, *(f"device/{node}/{device}" for node in layout.nodes for device in kept)}
+    must(set(world.owners) == expected_pools, f"C9: pools {sorted(world.owners)}; expected {sorted(expected_pools)}")
     for name, pool in world.owners.items():
         there = set(pool.extents) - {LEDGER_KEY}
         expected = {r.key for r in wanted.get(name, ())}

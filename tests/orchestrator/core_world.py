@@ -1,8 +1,8 @@
 """A cluster to be simulated: processes, what is under way, what the controller sees, and what can go wrong.
 
 What a controller that died had asked for may still happen at any later time, with one exception: calls that change an
-extent (`Free`, `HandOver`, `ResizeKV`) end before its successor looks, or not at all. They take milliseconds, and a
-successor needs seconds to start.
+extent or end an owner (`Free`, `HandOver`, `ResizeKV`, `StopOwner`) end before its successor looks, or not at all. They
+take milliseconds, and a successor needs seconds to start.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from concertina.orchestrator.core.facts import (
     PoolFact,
     ResizeKV,
     Snapshot,
+    StopOwner,
     WorkerFact,
 )
 from concertina.orchestrator.core.state import Record
@@ -29,7 +30,7 @@ from .core_processes import Pool, Trouble, Worker, must
 
 HANG_S = 8.0
 _NOTICE_S = 2.0
-_AT_ONCE = (Free, HandOver, ResizeKV)
+_AT_ONCE = (Free, HandOver, ResizeKV, StopOwner)
 
 
 @dataclass

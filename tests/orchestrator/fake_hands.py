@@ -186,8 +186,9 @@ class FakeWorker:
 
     async def lend(self, pool: str) -> str:
         await self._alive()
-        if not self.serving:
-            raise InternalError("it maps nothing")
+        part = self.prepared.get(self.serving)
+        if part is None or pool not in (part.device.name, part.node.name):
+            raise InternalError(f"it maps nothing of {pool}")
         return f"@lent/{pool}"
 
     @property

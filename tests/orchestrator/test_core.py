@@ -5,7 +5,18 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from concertina.orchestrator.core.facts import Commit, PoolFact, Prepare, ResizeKV, Snapshot, WorkerFact
+import pytest
+from concertina.orchestrator.core.facts import (
+    Commit,
+    PoolFact,
+    Prepare,
+    ResizeKV,
+    Snapshot,
+    StartOwner,
+    StartWorker,
+    StopOwner,
+    WorkerFact,
+)
 from concertina.orchestrator.core.layout import Layout
 from concertina.orchestrator.core.operations import request
 from concertina.orchestrator.core.state import Pending, Record, Stage, State
@@ -106,6 +117,52 @@ def test_kv_whose_extent_has_too_many_pages_is_made_to_agree():
     assert step(State(serving=record), untidy).effects == (ResizeKV("worker-0", blocks),)
 
 
+def _at_rest(mode: str, standbys: int) -> tuple[State, Snapshot]:
+    layout = make_layout(TWO, memory_mode=mode)
+    record = Record(1, layout, ("worker-0", "worker-1"))
+    pools = {
+        pool: PoolFact("a", "", {r.key: (0,) * r.pages for r in requests})
+        for pool, requests in layout.extents(1).items()
+    }
+    workers = {
+        worker: WorkerFact("a", serving=1, device=seat.device, kv_blocks=layout.kv_blocks(rank))
+        for rank, (worker, seat) in enumerate(zip(record.workers, layout.seats, strict=True))
+    }
+    return State(serving=record, standbys=standbys, next_generation=2, next_worker=2), Snapshot(frozenset("a"), pools, workers)
+
+
+@pytest.mark.parametrize(
+    ("mode", "standbys", "pools"),
+    [
+        ("shared", 1, []),
+        ("separate", 0, []),
+        ("separate", 1, ["device/a/cpu-2"]),
+        ("separate", 2, ["device/a/cpu-2", "device/a/cpu-3"]),
+    ],
+)
+def test_standbys_have_a_memory_ready_where_devices_have_their_own(mode, standbys, pools):
+    """For the devices that a deployment would get next; empty memories of others are given back."""
+    state, snapshot = _at_rest(mode, standbys)
+    pages = state.serving.layout.own_pool_pages
+    starts = [StartOwner(pool, "a", pages) for pool in pools]
+    workers = [StartWorker(f"worker-{2 + k}", "a") for k in range(standbys)]
+    assert step(state, snapshot).effects == (*starts, *workers)
+    empty, full = PoolFact("a", "", {"ledger": (0,)}), PoolFact("a", "", {"kv/cpu-7": (0,)})
+    more = replace(snapshot, pools={**snapshot.pools, "device/a/cpu-7": empty})
+    assert step(state, more).effects == (StopOwner("device/a/cpu-7"), *starts, *workers)
+    left = replace(snapshot, pools={**snapshot.pools, "device/a/cpu-7": full})
+    assert StopOwner("device/a/cpu-7") not in step(state, left).effects
+
+
+def test_no_standby_starts_while_an_operation_is_under_way():
+    """A process that starts takes the cores of those that serve; the operation is done sooner without it."""
+    state, snapshot = _at_rest("separate", 1)
+    asked = request(state, "scale", "", (make_layout(TWO[:1], "solo", "separate"),), 0.0)
+    begun = step(asked, snapshot)
+    assert begun.state.pending is not None
+    assert not any(isinstance(e, StartWorker | StartOwner) for e in begun.effects)
+
+
 def test_shared_memory_holds_an_expert_once():
     layout = make_layout(TWO)
     (requests,) = layout.extents(1).values()
@@ -113,7 +170,7 @@ def test_shared_memory_holds_an_expert_once():
     assert len(keys) == len(set(keys))
     assert sum(r.purpose == "experts" for r in requests) == 2 * 3
     separate = make_layout(TWO, memory_mode="separate").extents(1)
-    assert set(separate) == {"node/a", "device/cpu-0", "device/cpu-1"}
+    assert set(separate) == {"node/a", "device/a/cpu-0", "device/a/cpu-1"}
     assert sum(r.purpose == "experts" for rs in separate.values() for r in rs) == 2 * 3
 
 

@@ -197,6 +197,28 @@ def test_a_killed_worker_is_replaced_on_its_device(checkpoint: Path) -> None:
     asyncio.run(go())
 
 
+def test_memory_of_its_own_is_ready_for_the_next_device(checkpoint: Path) -> None:
+    """Its owner is there before it is asked for; those that no device will have next are ended."""
+
+    def pools(hands: FakeHands) -> set[str]:
+        return {owner.config_.name.partition("/")[2] for owner in hands.owners if not owner.dead}
+
+    def of(*devices: int) -> set[str]:
+        return {"node/here", *(f"device/here/cpu-{i}" for i in devices)}
+
+    async def go() -> None:
+        async with controlled(checkpoint, 1, standbys=1, memory_mode="separate") as (controller, hands, token):
+            await until(lambda: pools(hands) == of(0, 1))
+            started = len(hands.owners)
+            assert (await done(controller, token, await controller.scale(token, 2))).state == "done"
+            assert len(hands.owners) == started
+            await until(lambda: pools(hands) == of(0, 1, 2))
+            assert (await done(controller, token, await controller.scale(token, 1))).state == "done"
+            await until(lambda: pools(hands) == of(0, 1))
+
+    asyncio.run(go())
+
+
 def test_a_kill_does_not_wait_for_planning(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planning for the measured loads takes seconds; whoever dies meanwhile is replaced at once."""
     planning, end = threading.Event(), threading.Event()
