@@ -57,7 +57,8 @@ class DeviceKV:
         self.cache = KVCache(model, dtype, buffer_u8, self.positions, self.block_tokens, self.block_bytes)
         self.ledger = self._map_ledger(self._extent(LEDGER_KEY))
         self._pages: dict[int, tuple[int, ...]] = {}
-        self._free = list(range(self.positions))
+        self._free: list[int] = []  # positions that were given up: a heap. Those from `_fresh` on were never taken
+        self._fresh = 0
         self._lock = threading.Lock()
         self.map(self._extent(kv_key(self.device)))
 
@@ -116,9 +117,7 @@ class DeviceKV:
         """
         groups = self.unmapped(pages)
         with self._lock:
-            if len(groups) > len(self._free):
-                raise InternalError(f"KV of {self.device}: {len(groups)} blocks more than its pool could hold")
-            blocks = [heapq.heappop(self._free) for _ in groups]
+            blocks = self._take(len(groups))
             done = 0
             try:
                 for first, count in runs(blocks):
@@ -143,6 +142,7 @@ class DeviceKV:
         with self._lock:
             self._unmap(list(self._pages))
             self._free.clear()
+            self._fresh = self.positions
 
     def check(self, assignment: Assignment) -> None:
         """Raise InternalError unless a generation's KV is this: same device, pool and blocks."""
@@ -166,6 +166,16 @@ class DeviceKV:
     def _map_ledger(self, pages: tuple[int, ...]) -> Ledger:
         self._ledger_range = map_pages(self.pool, pages)
         return Ledger(self._ledger_range.memory(), record_bytes(self.block_tokens), self.block_tokens)
+
+    def _take(self, count: int) -> list[int]:
+        """The lowest positions that are free."""
+        fresh = max(0, count - len(self._free))
+        if self._fresh + fresh > self.positions:
+            raise InternalError(f"KV of {self.device}: {count} blocks more than its pool could hold")
+        taken = [heapq.heappop(self._free) for _ in range(count - fresh)]
+        taken += range(self._fresh, self._fresh + fresh)
+        self._fresh += fresh
+        return taken
 
     def _unmap(self, blocks: Sequence[int]) -> None:
         for first, count in runs(sorted(blocks)):
