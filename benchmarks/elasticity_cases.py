@@ -217,12 +217,12 @@ async def killed_owner(session: Session) -> Row:
 async def _killed(session: Session, case: str, pid: int, generation: int) -> Row:
     running, load = session.running, session.load
     status = await running.status()
-    workers, pools = len(status.workers), len(status.pools)
+    workers = len(status.workers)
     before = await session.steady(workers)
     os.kill(pid, signal.SIGKILL)
     at_s = time.monotonic()
     await asyncio.sleep(_AFTER_S)
-    await running.settled(workers, pools, generation)
+    await running.settled(workers, generation)
     after = Window(at_s, time.monotonic())
     return {
         "case": case,

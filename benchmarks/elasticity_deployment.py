@@ -13,7 +13,7 @@ from math import inf
 from typing import Any
 
 import ray
-from concertina.orchestrator.config import DeploymentConfig, EngineOptions, MemoryMode
+from concertina.orchestrator.config import NAMESPACE, DeploymentConfig, EngineOptions, MemoryMode
 from concertina.orchestrator.controller_actor import launch
 from concertina.orchestrator.preview import Preview
 from concertina.orchestrator.ray_hands import end_all
@@ -123,16 +123,25 @@ class Running:
             raise RuntimeError(f"operation {status.id}, {status.text}: {status.state} {status.phase} {status.reason}")
         return status
 
-    async def settled(self, workers: int, pools: int = 0, after: int = 0) -> DeploymentStatus:
-        """The deployment once it serves whole, with its standby, at least so many pools and a generation behind
-        number ``after``."""
+    async def settled(self, workers: int, after: int = 0) -> DeploymentStatus:
+        """The deployment once it serves whole, with its standbys, in a generation behind number ``after``."""
+        standbys = self.config.standbys
+        pools = 1 if self.config.memory_mode == "shared" else 1 + workers + standbys
         async with asyncio.timeout(LIMIT_S):
             while True:
                 status = await self.status()
-                whole = [w.state for w in status.workers] == ["serving"] * workers and len(status.pools) >= pools
-                if status.phase == "serving" and whole and status.standbys and status.generation > after:
+                whole = [w.state for w in status.workers] == ["serving"] * workers and len(status.pools) == pools
+                if status.phase == "serving" and whole and status.standbys == standbys and status.generation > after:
                     return status
                 await asyncio.sleep(_POLL_S)
+
+    async def step_ends_s(self, since_s: float) -> list[float]:
+        """When steps of any worker that is there ended, in monotonic seconds, ascending."""
+        prefix = f"worker/{self.config.name}/"
+        named = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+        workers = [ray.get_actor(name, NAMESPACE) for name in named if name.startswith(prefix)]
+        ends: list[list[float]] = await asyncio.gather(*(worker.step_ends_s.remote(since_s) for worker in workers))
+        return sorted(itertools.chain.from_iterable(ends))
 
     async def stop(self) -> None:
         """End it; leaves nothing behind."""

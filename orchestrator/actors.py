@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..workers.background import stay_in_background
 from ..workers.owner import OwnerConfig
 from ..workers.roles import WorkerConfig
 from ..workers.services import OwnerService, WorkerService
@@ -12,6 +13,7 @@ class OwnerActor(OwnerService):
     """A memory owner that its lifeline holds."""
 
     def __init__(self, lifeline: Lifeline, config: OwnerConfig, adopt_from: str | None = None) -> None:
+        stay_in_background()
         lifeline.hold()
         super().__init__(config, adopt_from)
 

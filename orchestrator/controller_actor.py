@@ -10,6 +10,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..errors import OperatorError
+from ..workers.background import stay_in_background
 from .config import NAMESPACE, DeploymentConfig
 from .controller import Controller
 from .preview import Preview
@@ -23,6 +24,7 @@ class ControllerService:
 
     def __init__(self, config: DeploymentConfig) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        stay_in_background()
         self._hands = RayHands(config.name)
         self._controller = Controller(config, self._hands)
         restarted = bool(ray.get_runtime_context().was_current_actor_reconstructed)

@@ -77,6 +77,7 @@ def join_or_start(address: str | None, workers: int, verbose: bool) -> bool:
             return False
         except ConnectionError:
             logging.getLogger(__name__).info("no Ray cluster runs here: starting an embedded one")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 puts what serves behind every process that starts
     try:
         ray.init(
             LOCAL,

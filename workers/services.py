@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..errors import InternalError
+from .background import in_background
 from .filling import LOADING, Filler
 from .loading import Piece
 from .owner import MemoryOwner, OwnerConfig
@@ -23,6 +25,11 @@ from .pages.transfer import CopyPlan, PageSource
 if TYPE_CHECKING:  # torch takes seconds to import: only a worker's process does so
     from .generation import Assignment, KVSource
     from .roles import WorkerConfig, WorkerReport
+
+
+_SWITCH_S = 5e-4
+"""How long a thread may keep the interpreter that another one waits for. Python's own 5 ms are longer than a step may
+be, and the engine waits for it again and again while another thread prepares a generation."""
 
 
 class OwnerService:
@@ -147,6 +154,11 @@ class OwnerService:
         time.sleep(timeout_s)
 
 
+def _import_worker() -> None:
+    """What takes seconds of a new worker's start; those that serve on the same cores shall not feel it."""
+    from . import worker  # noqa: F401
+
+
 class WorkerService:
     """A worker in a process of its own."""
 
@@ -155,6 +167,8 @@ class WorkerService:
         # Before torch: OpenMP threads that wait shall sleep. GNU's default spins for milliseconds, and on a machine
         # whose cores are shared the one that is waited for then does not get a core (docs/benchmarks.md).
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        sys.setswitchinterval(_SWITCH_S)
+        in_background(_import_worker)
         from .worker import Worker
 
         self._worker = Worker(config)
@@ -188,6 +202,9 @@ class WorkerService:
 
     def report(self) -> WorkerReport:
         return self._worker.report()
+
+    def step_ends_s(self, since_s: float) -> list[float]:
+        return self._worker.step_ends_s(since_s)
 
     def watch(self, seen: WorkerReport, timeout_s: float) -> WorkerReport:
         return self._worker.watch(seen, timeout_s)

@@ -16,6 +16,7 @@ import torch
 
 from ..errors import InternalError
 from .adoption import adopt
+from .background import in_background
 from .device_kv import DeviceKV
 from .generation import Assignment, KVSource
 from .mapping import Part, join
@@ -68,7 +69,7 @@ class Worker:
             self._joining.add(generation)
         part: Part | None = None
         try:
-            part = join(assignment, self._kv_for, lambda: generation in self._abandoned)
+            part = self._join(assignment)
         finally:
             kept = self._joined(generation, part)
             if not kept:
@@ -232,6 +233,11 @@ class Worker:
         counts = tuple(map(tuple, service.part.experts.counts_LE.tolist()))
         return replace(report, load=engine.load, stats=engine.stats, counts_LE=counts, last_step_s=engine.last_step_s)
 
+    def step_ends_s(self, since_s: float) -> list[float]:
+        """When the engine's steps since a moment of the node's monotonic clock ended; a bounded number of them."""
+        service = self._service
+        return [] if service is None else [end_s for end_s in service.engine.step_ends_s.copy() if end_s > since_s]
+
     def watch(self, seen: WorkerReport, timeout_s: float) -> WorkerReport:
         """A report as soon as its `WorkerReport.situation` is not that of ``seen``, or after ``timeout_s``."""
         with self._changed:
@@ -272,6 +278,15 @@ class Worker:
             case Failed(reason):
                 return replace(report, failed=reason)
         return report
+
+    def _join(self, assignment: Assignment) -> Part:
+        """In the background if nothing runs here, so that those who serve on the same cores do not feel it."""
+        generation = assignment.generation.id
+
+        def joining() -> Part:
+            return join(assignment, self._kv_for, lambda: generation in self._abandoned)
+
+        return joining() if self._service is not None else in_background(joining)
 
     def _passed(self, generation: int) -> bool:
         """Whether this worker has come to that generation, or beyond."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from .turns import Turns
 T = TypeVar("T")
 Emit = Callable[[list[EngineOutput]], None]
 RunEnd = Literal["stopped", "retired"]
+_STEPS_KEPT = 8192
 
 
 @dataclass(slots=True)
@@ -63,8 +65,8 @@ class Engine:
         The last one swapped to; 0 before.
     on_boundary : callable or None
         Gets everyone's rows at each step boundary, after a change was committed; runs in the loop's thread.
-    last_step_s : float
-        When the last forward pass ended, by ``clock``; 0 before.
+    step_ends_s : deque of float
+        When the latest forward passes ended, by ``clock``.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Engine:
     ) -> None:
         self.config = config
         self.generation = 0
-        self.last_step_s = 0.0
+        self.step_ends_s: deque[float] = deque(maxlen=_STEPS_KEPT)
         self.on_boundary: Callable[[Sequence[Row]], None] | None = None
         self._decoder, self._kv, self._exchange = decoder, kv, exchange
         self._clock, self._draw_seed = clock, draw_seed
@@ -102,6 +104,11 @@ class Engine:
         """A copy of the counters."""
         with self._lock:
             return self._core.stats
+
+    @property
+    def last_step_s(self) -> float:
+        """When the last forward pass ended, by ``clock``; 0 before."""
+        return self.step_ends_s[-1] if self.step_ends_s else 0.0
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request. After `hand_over` it is reported as moved at once, through the ``emit`` of `run`.
@@ -248,9 +255,10 @@ class Engine:
         with self._lock:
             work = self._core.begin()
         sampled = self._compute(work)
-        self.last_step_s = self._clock()
+        ended_s = self._clock()
+        self.step_ends_s.append(ended_s)
         with self._lock:
-            return self._core.finish(work, sampled, self.last_step_s - began_s)
+            return self._core.finish(work, sampled, ended_s - began_s)
 
     @torch.inference_mode()
     def _compute(self, work: StepWork) -> list[Sampled]:

@@ -1,0 +1,51 @@
+"""Work beside what serves has low priority, and nothing else has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+from concertina.workers.background import NICENESS, in_background
+
+
+def niceness() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+def test_background_work_has_low_priority_and_so_has_what_it_starts() -> None:
+    before, seen = niceness(), []
+
+    def work() -> str:
+        seen.append(niceness())
+        thread = threading.Thread(target=lambda: seen.append(niceness()))
+        thread.start()
+        thread.join()
+        return "done"
+
+    assert in_background(work) == "done"
+    assert seen == [min(19, before + NICENESS)] * 2
+    assert niceness() == before
+
+
+def test_an_error_is_the_callers() -> None:
+    with pytest.raises(KeyError, match="'x'"):
+        in_background(lambda: {}["x"])
+
+
+def test_a_process_in_the_background_is_so_as_a_whole() -> None:
+    """Also threads that are there already; in a process of its own, because there is no way back."""
+    program = """
+import os, threading
+from concertina.workers.background import NICENESS, stay_in_background
+before, end = os.getpriority(os.PRIO_PROCESS, 0), threading.Event()
+threading.Thread(target=end.wait).start()
+stay_in_background()
+threading.Thread(target=end.wait).start()
+seen = {os.getpriority(os.PRIO_PROCESS, int(t)) for t in os.listdir("/proc/self/task")}
+end.set()
+assert seen == {min(19, before + NICENESS)}, (before, seen)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -1,0 +1,49 @@
+"""Work beside what serves: it may use what cores are free, and little of those that are not."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
+
+T = TypeVar("T")
+NICENESS = 10
+"""Added to a thread's own. The scheduler gives it about a tenth of a core that an ordinary thread wants too."""
+
+
+def in_background(work: Callable[[], T]) -> T:
+    """What ``work()`` returns or raises, done in a thread of low priority that ends with it.
+
+    On Linux niceness is a thread's own, and one that was lowered cannot be raised again without a privilege: hence the
+    thread. Threads that ``work`` starts are as low. Not for work that holds the interpreter or a lock for long where
+    something urgent runs in the same process: that would wait for it.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            _lower(threading.get_native_id())
+            results.append(work())
+        except BaseException as e:  # noqa: BLE001 - raised below, in the thread that asked
+            errors.append(e)
+
+    thread = threading.Thread(target=run, name="background", daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def stay_in_background() -> None:
+    """Give all threads of this process, and those that they will start, low priority for good."""
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # it has just ended
+            _lower(int(thread))
+
+
+def _lower(thread: int) -> None:
+    os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS))
