@@ -15,11 +15,12 @@ from concertina.orchestrator.config import DeploymentConfig
 from .elasticity_deployment import LIMIT_S, Answer, Running, moved_bytes
 from .elasticity_load import Load
 from .elasticity_measures import (
+    Steps,
     Window,
-    longest_quiet_at_s,
     longest_quiet_s,
     longest_silence_s,
     median_step_s,
+    pause,
     peak_bytes,
     steady_bytes,
     tokens_per_s,
@@ -85,14 +86,17 @@ async def change(session: Session, workers: int) -> Row:
     pools = await running.status()
     answer = await running.scale(workers)
     await asyncio.sleep(_AFTER_S)
+    steps = await running.step_ends_s(before.begin_s)
     settled = await running.settled(workers)
     refilled_s = time.monotonic()
     after = await session.steady(workers)
+    later_step_s = median_step_s(await running.step_ends_s(after.begin_s), after)
     return {
         "case": "change",
         "change": f"{before_workers}_to_{workers}",
         **_times(answer, refilled_s),
-        **_pause(load, answer, before),
+        **_pause(steps, answer, before, later_step_s),
+        **_silence(load, answer, before),
         **_throughput(load, answer, before, after, refilled_s),
         **_memory(session, answer, before, after),
         **moved_bytes(pools, settled),
@@ -110,23 +114,37 @@ def _times(answer: Answer, refilled_s: float) -> Row:
     }
 
 
-def _pause(load: Load, answer: Answer, before: Window) -> Row:
+def _pause(steps: Steps, answer: Answer, before: Window, later_step_s: float) -> Row:
     """Beside it the same of as long a time before, in which nothing happened: what the machine's noise makes."""
-    during = Window(answer.asked_s, answer.ended_s + _AFTER_S)
-    control = Window(max(before.begin_s, before.end_s - during.seconds), before.end_s)
-    step_s = median_step_s(load.arrivals, before)
-    pause_s = max(0.0, longest_quiet_s(load.arrivals, during) - step_s)
-    control_s = max(0.0, longest_quiet_s(load.arrivals, control) - step_s)
+    during, control = _windows(answer, before)
+    step_s = median_step_s(steps, before)
+    seen = pause(steps, during, step_s, later_step_s, answer.committed_s)
+    usual = pause(steps, control, step_s, step_s, answer.asked_s)
     return {
         "step_ms": step_s * 1e3,
-        "pause_ms": pause_s * 1e3,
-        "pause_steps": pause_s / step_s,
-        "pause_behind_commit_s": longest_quiet_at_s(load.arrivals, during) - answer.committed_s,
-        "control_pause_ms": control_s * 1e3,
-        "control_pause_steps": control_s / step_s,
+        "later_step_ms": later_step_s * 1e3,
+        "pause_ms": seen.seconds * 1e3,
+        "pause_steps": seen.steps,
+        "pause_behind_commit_s": seen.at_s - answer.committed_s,
+        "control_pause_ms": usual.seconds * 1e3,
+        "control_pause_steps": usual.steps,
+    }
+
+
+def _silence(load: Load, answer: Answer, before: Window) -> Row:
+    """What the clients saw of it."""
+    during, control = _windows(answer, before)
+    return {
+        "quiet_ms": longest_quiet_s(load.arrivals, during) * 1e3,
+        "control_quiet_ms": longest_quiet_s(load.arrivals, control) * 1e3,
         "client_silence_ms": longest_silence_s(load.arrivals, during) * 1e3,
         "control_client_silence_ms": longest_silence_s(load.arrivals, control) * 1e3,
     }
+
+
+def _windows(answer: Answer, before: Window) -> tuple[Window, Window]:
+    during = Window(answer.asked_s, answer.ended_s + _AFTER_S)
+    return during, Window(max(before.begin_s, before.end_s - during.seconds), before.end_s)
 
 
 def _throughput(load: Load, answer: Answer, before: Window, after: Window, refilled_s: float) -> Row:

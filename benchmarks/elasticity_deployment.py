@@ -135,13 +135,12 @@ class Running:
                     return status
                 await asyncio.sleep(_POLL_S)
 
-    async def step_ends_s(self, since_s: float) -> list[float]:
-        """When steps of any worker that is there ended, in monotonic seconds, ascending."""
+    async def step_ends_s(self, since_s: float) -> list[list[float]]:
+        """When each worker's steps ended, in monotonic seconds; of workers that are there."""
         prefix = f"worker/{self.config.name}/"
         named = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
         workers = [ray.get_actor(name, NAMESPACE) for name in named if name.startswith(prefix)]
-        ends: list[list[float]] = await asyncio.gather(*(worker.step_ends_s.remote(since_s) for worker in workers))
-        return sorted(itertools.chain.from_iterable(ends))
+        return list(await asyncio.gather(*(worker.step_ends_s.remote(since_s) for worker in workers)))
 
     async def stop(self) -> None:
         """End it; leaves nothing behind."""

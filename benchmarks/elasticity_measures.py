@@ -1,7 +1,7 @@
 """What the times of tokens and the samples of memory say. Pure.
 
-Arrivals are (monotonic seconds, client, tokens) in the order of time. Several workers step together, so that the gap
-between two arrivals of whatever clients is the time in which no worker made a step that anybody saw.
+Arrivals are (monotonic seconds, client, tokens) in the order of time. Steps are, for every worker, the moments at which one
+ended.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from statistics import median
 from .elasticity_memory import Sample
 
 Arrival = tuple[float, int, int]
+Steps = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,48 @@ def tokens_per_s(arrivals: Iterable[Arrival], window: Window) -> float:
     return sum(tokens for at_s, _, tokens in arrivals if window.has(at_s)) / max(window.seconds, 1e-9)
 
 
-def median_step_s(arrivals: Iterable[Arrival], window: Window) -> float:
+def median_token_s(arrivals: Iterable[Arrival], window: Window) -> float:
     """Median time between two tokens of one client."""
-    gaps_s = [b - a for times_s in by_client(arrivals).values() for a, b in pairwise(times_s) if window.has(b)]
-    return median(gaps_s)
+    return median_step_s(list(by_client(arrivals).values()), window)
+
+
+def median_step_s(steps: Steps, window: Window) -> float:
+    """Median time from the end of a worker's step to that of its next one."""
+    return median(b - a for ends_s in steps for a, b in pairwise(ends_s) if window.has(b))
+
+
+@dataclass(frozen=True)
+class Pause:
+    """The time in which no worker ended a step that lies most steps above a step's own time.
+
+    Parameters
+    ----------
+    seconds : float
+        Beyond the median step.
+    steps : float
+        The same in median steps.
+    at_s : float
+        When it began.
+    """
+
+    seconds: float
+    steps: float
+    at_s: float
+
+
+def pause(steps: Steps, window: Window, step_s: float, later_step_s: float, change_s: float) -> Pause:
+    """The longest pause that ends in the window.
+
+    A step takes ``step_s`` before ``change_s`` and ``later_step_s`` from then on: another number of workers has another
+    one. A gap over that moment is held against the longer of them.
+    """
+    ends_s = sorted(end_s for own in steps for end_s in own)
+    found = [Pause(0.0, 0.0, window.begin_s)]
+    for a, b in pairwise(ends_s):
+        if window.has(b):
+            usual_s = step_s if b < change_s else later_step_s if a > change_s else max(step_s, later_step_s)
+            found.append(Pause(b - a - usual_s, (b - a - usual_s) / usual_s, a))
+    return max(found, key=lambda pause: pause.steps)
 
 
 def longest_gap_s(times_s: Sequence[float], window: Window) -> float:
@@ -51,12 +90,6 @@ def longest_gap_s(times_s: Sequence[float], window: Window) -> float:
 def longest_quiet_s(arrivals: Iterable[Arrival], window: Window) -> float:
     """The longest time in which nobody got a token."""
     return longest_gap_s([at_s for at_s, _, _ in arrivals], window)
-
-
-def longest_quiet_at_s(arrivals: Iterable[Arrival], window: Window) -> float:
-    """When the longest time in which nobody got a token began, of those that ended in the window."""
-    times_s = [at_s for at_s, _, _ in arrivals]
-    return max((b - a, a) for a, b in pairwise(times_s) if window.has(b))[1]
 
 
 def longest_silence_s(arrivals: Iterable[Arrival], window: Window) -> float:

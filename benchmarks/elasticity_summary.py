@@ -14,6 +14,7 @@ _CHANGE = {
     "commit_s": "commit_s",
     "end_s": "end_s",
     "step_ms": "median_step_ms",
+    "later_step_ms": "median_step_afterwards_ms",
     "pause_ms": "pause_ms",
     "pause_steps": "pause_steps",
     "control_pause_steps": "pause_without_change_steps",

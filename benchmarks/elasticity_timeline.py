@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from .elasticity_cases import Session
 from .elasticity_deployment import LIMIT_S
-from .elasticity_measures import median_step_s
+from .elasticity_measures import median_token_s
 
 _EVERY_S = 0.04
 _BEFORE_S, _AFTER_S = 0.8, 1.0
@@ -41,7 +41,7 @@ async def record(session: Session, workers: int) -> Timeline:
     before = len((await session.running.status()).workers)
     steady = await session.steady(before)
     timeline = Timeline(f"{before} to {workers} workers, {session.running.config.memory_mode} memory", 0.0, 0.0)
-    timeline.step_s = median_step_s(session.load.arrivals, steady)
+    timeline.step_s = median_token_s(session.load.arrivals, steady)
     pages: list[tuple[float, dict[str, int]]] = []
     running: list[tuple[float, dict[str, int]]] = []
     watching = asyncio.gather(_watch_pages(session, pages), _watch_requests(session, running))

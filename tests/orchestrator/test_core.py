@@ -128,7 +128,9 @@ def _at_rest(mode: str, standbys: int) -> tuple[State, Snapshot]:
         worker: WorkerFact("a", serving=1, device=seat.device, kv_blocks=layout.kv_blocks(rank))
         for rank, (worker, seat) in enumerate(zip(record.workers, layout.seats, strict=True))
     }
-    return State(serving=record, standbys=standbys, next_generation=2, next_worker=2), Snapshot(frozenset("a"), pools, workers)
+    return State(serving=record, standbys=standbys, next_generation=2, next_worker=2), Snapshot(
+        frozenset("a"), pools, workers
+    )
 
 
 @pytest.mark.parametrize(
