@@ -1,7 +1,7 @@
 """What the times of tokens and the samples of memory say. Pure.
 
-Arrivals are (monotonic seconds, client, tokens) in the order of time. Steps are, for every worker, the moments at which one
-ended.
+Arrivals are (monotonic seconds, client, tokens) in the order of time. Steps are, for every worker, the moments at
+which one ended.
 """
 
 from __future__ import annotations

@@ -9,12 +9,16 @@ from math import inf
 from typing import Literal, get_args
 
 from ..errors import OperatorError
+from ..planners.cluster import Device
+from .core.inventory import Entry, Inventory, Kind
 
 NAMESPACE = "concertina"
+ANY_NODE = "node0"  # what a cluster file says of devices whose node it does not name
 Exchange = Literal["auto", "shared", "gloo"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 MemoryMode = Literal["shared", "separate"]
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?", re.IGNORECASE)
 _SECONDS = {"ms": 1e-3, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -98,6 +102,8 @@ class DeploymentConfig:
     ----------
     device_memory_bytes : int or None
         Pages that each device holds; None takes what fits this node.
+    fleet : tuple of Device
+        The devices that there may be, where they are not all alike; they have memories of their own sizes then.
     spare_slots : int
         Physical experts per MoE layer beyond one of each, rounded up so that all devices have equally many slots.
     rebalance_s : float
@@ -123,6 +129,7 @@ class DeploymentConfig:
     exchange: Exchange = "auto"
     placement_file: str | None = None
     device_memory_bytes: int | None = None
+    fleet: tuple[Device, ...] = ()
     spare_slots: int = 0
     rebalance_s: float = 60.0
     loads_file: str | None = None
@@ -147,12 +154,47 @@ class DeploymentConfig:
         for name, value in positive.items():
             if value is not None and value < 1:
                 raise OperatorError(f"{name.replace('_', '-')}: {value} is too small; expected at least 1")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+        if not _NAME.fullmatch(self.name):
             raise OperatorError(f"name: {self.name!r}; expected letters, digits, dots, dashes and underscores")
         self._check_limits()
+        self._check_fleet()
         if self.memory_mode not in get_args(MemoryMode):
             raise OperatorError(f"memory: {self.memory_mode!r}; expected one of {', '.join(get_args(MemoryMode))}")
         check_token(self.token)
+
+    @property
+    def device_bytes(self) -> int | None:
+        """Memory of a device, or of one of the largest kind; None takes what fits the node."""
+        return max((device.memory_bytes for device in self.fleet), default=self.device_memory_bytes)
+
+    @property
+    def inventory(self) -> Inventory:
+        """The devices that there may be."""
+        most = self.device_bytes or 1
+        return Inventory(
+            tuple(
+                Entry(
+                    device.name,
+                    Kind(device.kind, device.flops, device.bandwidth_bytes_s, device.memory_bytes / most),
+                    "" if device.node == ANY_NODE else device.node,
+                )
+                for device in self.fleet
+            )
+        )
+
+    def _check_fleet(self) -> None:
+        if not self.fleet:
+            return
+        if self.device_memory_bytes is not None:
+            raise OperatorError("device-memory: the cluster file says what each kind of device holds; give one of them")
+        if self.workers > len(self.fleet):
+            raise OperatorError(f"workers: {self.workers}; the cluster file lists {len(self.fleet)} devices")
+        odd = next((d for d in self.fleet if not _NAME.fullmatch(d.name)), None)
+        if odd is not None:
+            raise OperatorError(f"cluster: device {odd.name!r}; expected letters, digits, dots, dashes and underscores")
+        empty = next((d for d in self.fleet if d.memory_bytes <= 0), None)
+        if empty is not None:
+            raise OperatorError(f"cluster: kind {empty.kind}: memory: {empty.memory_bytes}; expected more than 0")
 
     def _check_limits(self) -> None:
         at_least_0 = {

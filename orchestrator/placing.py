@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil, inf
 
 import numpy as np
 
@@ -20,32 +21,65 @@ from ..planners.solution import Clock, Infeasible, StoppingRule
 from ..planners.solve import solve
 from .core.layout import Seat
 
-# Only ratios between devices matter here, and all CPU workers of a deployment have the same threads.
-_CPU_FLOPS = 5e10
-_CPU_BYTES_S = 1e10
 _TIME_LIMIT_S = 2.0
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class Site:
-    """What a placement is for: the devices, the model, and room for so many replicas beyond one each, per layer."""
+    """What a placement is for.
+
+    Parameters
+    ----------
+    seats : sequence of Seat
+    model : ModelSpec
+    spare_slots : int
+        Physical experts per layer beyond one of each, at least.
+    room : float
+        Experts of one layer that fit a device of the largest kind; others hold a part of it.
+    kv_room : float
+        The same for the KV cache that every device must have beside them.
+    """
 
     seats: Sequence[Seat]
     model: ModelSpec
     spare_slots: int = 0
+    room: float = inf
+    kv_room: float = 0.0
 
     @property
-    def slots(self) -> int:
-        """Physical experts per device and layer."""
-        return -(-(self.model.experts + self.spare_slots) // len(self.seats))
+    def slots_D(self) -> tuple[int, ...]:
+        """Most physical experts of a layer on each device: in proportion to its speed, as far as they fit it."""
+        most_D = [self.room * seat.kind.memory_part - self.kv_room for seat in self.seats]
+        slots_D, left = [0] * len(self.seats), self.model.experts + self.spare_slots
+        free = {d for d, most in enumerate(most_D) if most >= 1}
+        while left > 0 and free:
+            speed = sum(self.seats[d].kind.flops for d in free)
+            wanted = {d: slots_D[d] + ceil(left * self.seats[d].kind.flops / speed - _ROUNDING) for d in free}
+            for d in free:
+                slots_D[d] = int(min(wanted[d], most_D[d]))
+            left = self.model.experts + self.spare_slots - sum(slots_D)
+            free = {d for d in free if slots_D[d] + 1 <= most_D[d]}
+        return tuple(slots_D)
 
     def cluster(self) -> Cluster:
-        model = self.model
-        held = int((model.bytes_LE.max() * self.slots + model.shared_bytes) * model.layers) + 1
-        return Cluster(tuple(Device(s.device, "cpu", held, _CPU_FLOPS, _CPU_BYTES_S, s.node) for s in self.seats))
+        layer_bytes = float(self.model.bytes_LE.max())
+        return Cluster(
+            tuple(
+                Device(
+                    seat.device,
+                    seat.kind.name,
+                    int((layer_bytes * slots + self.model.shared_bytes) * self.model.layers) + 1,
+                    seat.kind.flops,
+                    seat.kind.bandwidth_bytes_s,
+                    seat.node,
+                )
+                for seat, slots in zip(self.seats, self.slots_D, strict=True)
+            )
+        )
 
     def problem(self, loads: Loads, current: Placement | None = None) -> PlacementProblem:
-        return PlacementProblem(self.cluster(), self.model, loads, slots=self.slots, current=current)
+        return PlacementProblem(self.cluster(), self.model, loads, slots=np.array(self.slots_D), current=current)
 
 
 def even_loads(model: ModelSpec) -> Loads:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 from ..errors import OperatorError
 from ..planners.model import Loads, ModelSpec
@@ -17,6 +18,7 @@ from ..workers.kv.ledger import record_bytes
 from ..workers.model_files import ModelFiles
 from ..workers.pages.sizing import choose_page_bytes, pages_for
 from .config import DeploymentConfig
+from .core.inventory import ALIKE, Entry, Inventory
 from .core.layout import Layout, Seat
 from .hands import NodeInfo
 from .placing import Site, even_loads, first_placement
@@ -25,6 +27,7 @@ from .room import address_pages, check_nodes
 from .sizing import MemoryLimits, MemoryPlan, ModelSizes, plan_memory
 
 MAILBOX_BYTES = 256 << 10
+_LEAST_NODE_PREFIX = 4  # characters of a node's id that name it, as the status shows
 
 
 def max_model_len(config: DeploymentConfig, model: ModelFiles) -> int:
@@ -91,11 +94,18 @@ class Context:
         return cls(config, spec, sizes, blocks, tuple(nodes), loads or known_loads(config, spec), now)
 
     def site(self, seats: Sequence[Seat]) -> Site:
-        return Site(seats, self.spec, self.config.spare_slots)
+        """What is planned for: only devices of a fleet, whose memories differ, are told how much each holds."""
+        site = Site(seats, self.spec, self.config.spare_slots)
+        if not self.config.fleet or self.config.device_bytes is None:
+            return site
+        page_bytes = page_size(self.sizes, self.spec.layers * self.spec.experts)
+        layer_bytes = pages_for(self.sizes.expert_bytes, page_bytes) * page_bytes * self.spec.layers
+        kv_pages = self.length_blocks * pages_for(self.sizes.kv_block_bytes, page_bytes) + 1  # parts are rounded down
+        return replace(site, room=self.config.device_bytes / layer_bytes, kv_room=kv_pages * page_bytes / layer_bytes)
 
-    def reserved_experts(self, seats: Sequence[Seat]) -> int:
-        """Experts, summed over layers, for which every device keeps room: as many as it may ever have to hold."""
-        return min(self.site(seats).slots, self.spec.experts) * self.spec.layers
+    def reserved_experts(self, seats: Sequence[Seat]) -> tuple[int, ...]:
+        """By device: experts, summed over layers, for which it keeps room: as many as it may ever have to hold."""
+        return tuple(min(slots, self.spec.experts) * self.spec.layers for slots in self.site(seats).slots_D)
 
 
 def known_loads(config: DeploymentConfig, spec: ModelSpec) -> Loads:
@@ -112,8 +122,58 @@ def next_node(nodes: Sequence[NodeInfo], taken: Counter[str]) -> str:
     return max(nodes, key=lambda n: (n.cpus / (taken[n.id] + 1), n.available_bytes)).id
 
 
-def seat_workers(nodes: Sequence[NodeInfo], workers: int) -> tuple[Seat, ...]:
-    """Spread workers over nodes in proportion to cores, the next one where most cores per worker are left."""
+def is_called(node: NodeInfo, name: str) -> bool:
+    """Whether ``name`` is the node's id, at least four characters of its beginning, or its address."""
+    return name in (node.id, node.host) or (len(name) >= _LEAST_NODE_PREFIX and node.id.startswith(name))
+
+
+def node_for(entry: Entry, nodes: Sequence[NodeInfo], taken: Counter[str]) -> str:
+    """The node of one more device: the one that it must be on, else where most cores are left.
+
+    Raises
+    ------
+    OperatorError
+        The node that it must be on is not alive, or none is.
+    """
+    if not entry.node:
+        return next_node(nodes, taken)
+    found = next((node.id for node in nodes if is_called(node, entry.node)), None)
+    if found is None:
+        there = ", ".join(f"{node.id} ({node.host})" for node in nodes) or "none"
+        raise OperatorError(f"cluster: device {entry.device}: its node {entry.node!r} is not alive; alive: {there}")
+    return found
+
+
+def further_seats(seats: Sequence[Seat], workers: int, inventory: Inventory, nodes: Sequence[NodeInfo]) -> list[Seat]:
+    """New seats beside the old ones for so many workers in all, in the inventory's order.
+
+    Raises
+    ------
+    OperatorError
+        There are not so many devices, or one's node is not alive.
+    """
+    taken = Counter(seat.node for seat in seats)
+    entries = list(islice(inventory.free({seat.device for seat in seats}), workers - len(seats)))
+    if len(seats) + len(entries) < workers:
+        raise OperatorError(f"workers: {workers}; the cluster file lists {len(inventory.entries)} devices")
+    added = []
+    for entry in entries:
+        node = node_for(entry, nodes, taken)
+        taken[node] += 1
+        added.append(Seat(entry.device, node, entry.kind))
+    return added
+
+
+def seat_workers(nodes: Sequence[NodeInfo], workers: int, inventory: Inventory = ALIKE) -> tuple[Seat, ...]:
+    """Spread workers over nodes in proportion to cores, the next one where most cores per worker are left.
+
+    Raises
+    ------
+    OperatorError
+        See `further_seats`.
+    """
+    if inventory.entries:
+        return tuple(further_seats((), workers, inventory, nodes))
     taken: Counter[str] = Counter()
     for _ in range(workers):
         taken[next_node(nodes, taken)] += 1
@@ -178,6 +238,7 @@ def device_memory(
         kv_blocks_wanted=context.config.engine.max_running * context.length_blocks,
         kv_blocks_needed=context.length_blocks,
         reserved_experts=context.reserved_experts(seats),
+        memory_parts=tuple(seat.kind.memory_part for seat in seats),
     )
     return plan_memory(context.sizes, page_bytes, placement, limits)
 
@@ -195,7 +256,7 @@ def plan_layout(config: DeploymentConfig, model: ModelFiles, nodes: Sequence[Nod
     OperatorError
         It does not fit, or the placement file is not for this model.
     """
-    seats = seat_workers(nodes, config.workers)
+    seats = seat_workers(nodes, config.workers, config.inventory)
     context = Context.of(config, model, nodes, now)
     if config.placement_file is not None:
         placement = fitting_placement(config.placement_file, seats, model)
@@ -218,13 +279,14 @@ def first_layout(context: Context, seats: tuple[Seat, ...], placement: Placement
     layout = Layout(
         seats=seats,
         placement=placement,
-        memory=device_memory(context, seats, placement, page_bytes, config.device_memory_bytes),
+        memory=device_memory(context, seats, placement, page_bytes, config.device_bytes),
         memory_mode=config.memory_mode,
         exchange=exchange,
         exchange_pages=exchange_pages(exchange, len(seats), page_bytes),
         reserved_experts=context.reserved_experts(seats),
         node_pages=address_pages(context.nodes, page_bytes),
         ledger_record_bytes=record_bytes(config.engine.block_tokens),
+        inventory=config.inventory,
     )
     check_nodes(layout, context.nodes)
     return layout

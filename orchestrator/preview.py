@@ -172,7 +172,7 @@ def _peak_pages(pool: str, node: str, old: Layout, new: Layout) -> int:
     memory = new.memory
     held = _held(old).get(pool, set()) | _held(new).get(pool, set())
     devices = {
-        seat.device
+        seat.device: layout.device_pages(seat)
         for layout in (old, new)
         for rank, seat in enumerate(layout.seats)
         if layout.device_pool(rank) == pool
@@ -180,5 +180,5 @@ def _peak_pages(pool: str, node: str, old: Layout, new: Layout) -> int:
     kv = sum(max(_kv_blocks(old, d), _kv_blocks(new, d)) for d in devices) * memory.kv_block_pages
     pages = len(held) * memory.expert_pages + kv
     if new.memory_mode == "separate" and devices:
-        return min(pages, max(old.memory.device_pages, memory.device_pages))
+        return min(pages, *devices.values())
     return pages + memory.trunk_pages + sum(at.exchange_pages for at in (old, new) if node == at.nodes[0])

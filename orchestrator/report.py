@@ -35,6 +35,7 @@ def _status(record: Record, rank: int, reports: Sequence[WorkerReport]) -> Worke
         generated_tokens=stats.generated_tokens,
         routed_tokens=round(_routed(record, rank, reports)),
         steps=stats.steps,
+        kind=seat.kind.name,
     )
 
 

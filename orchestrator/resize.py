@@ -6,11 +6,9 @@ is refused with the limit, what is needed and what there is.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 
 from ..errors import OperatorError
 from ..planners.cluster import Cluster, Device
@@ -20,13 +18,13 @@ from ..planners.model import ModelSpec
 from ..planners.placement import Placement, Replica
 from ..planners.replan import ReplanRules, replan
 from ..planners.solution import Infeasible, StoppingRule
-from .core.layout import Layout, Seat, free_names, node_pool
-from .planning import Context, device_memory, exchange_kind, exchange_pages, next_node
+from .core.layout import Layout, Seat, node_pool
+from .hands import NodeInfo
+from .planning import Context, device_memory, exchange_kind, exchange_pages, further_seats, is_called
 from .room import check_nodes
 
 _TIME_LIMIT_S = 0.05  # the operator waits for it, and what serves shares the cores; the balancer improves on it later
 _MOST_PER_CORE = 16  # more could only be a slip, and planning for them would take long
-_LEAST_NODE_PREFIX = 4  # characters of a node's id that name it, as the status shows
 
 
 def resized(current: Layout, workers: int, context: Context) -> Layout:
@@ -97,9 +95,8 @@ def named_devices(current: Layout, name: str, context: Context) -> frozenset[str
     """
     if name in current.devices:
         return frozenset({name})
-    hosts = {node.id: node.host for node in context.nodes}
-    long_enough = len(name) >= _LEAST_NODE_PREFIX
-    nodes = [n for n in current.nodes if name in (n, hosts.get(n)) or (long_enough and n.startswith(name))]
+    hosts = {node.id: node for node in context.nodes}
+    nodes = [n for n in current.nodes if is_called(hosts.get(n, NodeInfo(n, n, 1, 0)), name)]
     if len(nodes) == 1:
         return frozenset(seat.device for seat in current.seats if seat.node == nodes[0])
     found = f"{len(nodes)} nodes are" if nodes else "no device or node is"
@@ -109,31 +106,20 @@ def named_devices(current: Layout, name: str, context: Context) -> frozenset[str
 
 
 def _added(seats: tuple[Seat, ...], workers: int, context: Context) -> tuple[Seat, ...]:
-    """New seats behind the old ones, under the lowest free names, each where most cores per worker are left."""
-    names = {seat.device for seat in seats}
-    taken = Counter(seat.node for seat in seats)
-    added = list(seats)
-    for name in islice(free_names(names), workers - len(seats)):
-        node = next_node(context.nodes, taken)
-        taken[node] += 1
-        added.append(Seat(name, node))
-    return tuple(added)
+    """New seats behind the old ones, as `further_seats` finds them."""
+    return (*seats, *further_seats(seats, workers, context.config.inventory, context.nodes))
 
 
 def _removed(seats: tuple[Seat, ...], workers: int, context: Context) -> tuple[Seat, ...]:
-    """Take seats from the most crowded node, the highest number first; a node that is gone is emptied before."""
+    """Take seats from the most crowded node, those taken last first; a node that is gone is emptied before."""
     cpus = {node.id: node.cpus for node in context.nodes}
+    turn = context.config.inventory.turn
     left = list(seats)
     while len(left) > workers:
         taken = Counter(seat.node for seat in left)
         crowding = {node: count / cpus[node] if cpus.get(node) else float("inf") for node, count in taken.items()}
-        left.remove(max(left, key=lambda seat: (crowding[seat.node], _number(seat.device))))
+        left.remove(max(left, key=lambda seat: (crowding[seat.node], turn(seat.device), seat.device)))
     return tuple(left)
-
-
-def _number(device: str) -> tuple[int, str]:
-    match = re.search(r"(\d+)$", device)
-    return (int(match[1]) if match else -1), device
 
 
 def _moved(current: Layout, seats: tuple[Seat, ...], context: Context) -> Layout:
@@ -170,7 +156,7 @@ def _with_placement(current: Layout, seats: tuple[Seat, ...], placement: Placeme
 
 def _device_bytes(current: Layout, context: Context) -> int | None:
     """A device's own memory stays what it is; a share of the node's is as large as the number of devices allows."""
-    if context.config.device_memory_bytes is None and current.memory_mode == "shared":
+    if context.config.device_bytes is None and current.memory_mode == "shared":
         return None
     return current.memory.device_pages * current.memory.page_bytes
 
@@ -202,28 +188,33 @@ def route(current: Layout, target: Layout, context: Context) -> tuple[Layout, ..
     found = plan_migration(_migration_problem(current, target, seats, context))
     if isinstance(found, Infeasible):
         raise OperatorError(f"device-memory: no way from here to there; {found}")
-    return (*(_between(target, seats, held, context) for held in _held_between(current, found)), target)
+    reserved = {**_reserved(current), **_reserved(target)}
+    through = replace(target, seats=seats, reserved_experts=tuple(reserved[seat.device] for seat in seats))
+    return (*(_between(through, held, context) for held in _held_between(current, found)), target)
+
+
+def _reserved(layout: Layout) -> dict[str, int]:
+    return dict(zip(layout.devices, layout.reserved_experts, strict=True))
 
 
 def _fits_at_once(current: Layout, target: Layout, context: Context) -> bool:
-    room = _expert_room(target, context)
     before = {seat.device: set(current.experts_of(rank)) for rank, seat in enumerate(current.seats)}
     return all(
-        len(before.get(seat.device, set()) | set(target.experts_of(rank))) <= room
+        len(before.get(seat.device, set()) | set(target.experts_of(rank))) <= _expert_room(target, seat, context)
         for rank, seat in enumerate(target.seats)
     )
 
 
-def _expert_room(layout: Layout, context: Context) -> int:
+def _expert_room(layout: Layout, seat: Seat, context: Context) -> int:
     """Experts that a device holds beside the KV cache of one sequence of full length."""
     memory = layout.memory
-    return (memory.device_pages - context.length_blocks * memory.kv_block_pages) // memory.expert_pages
+    return (layout.device_pages(seat) - context.length_blocks * memory.kv_block_pages) // memory.expert_pages
 
 
 def _migration_problem(current: Layout, target: Layout, seats: Sequence[Seat], context: Context) -> MigrationProblem:
     """Room and weights counted in experts, which all take equally many pages."""
-    room = _expert_room(target, context)
-    devices = tuple(Device(seat.device, "cpu", room, 1.0, 1.0, seat.node) for seat in seats)
+    rooms = [_expert_room(target, seat, context) for seat in seats]
+    devices = tuple(Device(s.device, s.kind.name, room, 1.0, 1.0, s.node) for s, room in zip(seats, rooms, strict=True))
     spec = ModelSpec(context.spec.layers, context.spec.experts, expert_bytes=1.0, flops_per_token=1.0)
     return MigrationProblem(Cluster(devices), spec, current.placement, target.placement)
 
@@ -247,15 +238,14 @@ def _after(held: dict[str, set[Key]], phase: Phase) -> dict[str, set[Key]]:
     return after
 
 
-def _between(target: Layout, seats: tuple[Seat, ...], held: dict[str, set[Key]], context: Context) -> Layout:
+def _between(through: Layout, held: dict[str, set[Key]], context: Context) -> Layout:
     """A layout in which all devices, old and new, serve what they hold in between; equal shares."""
-    exchange = exchange_kind(context.config, seats)
+    exchange = exchange_kind(context.config, through.seats)
     return replace(
-        target,
-        seats=seats,
-        placement=_placement_of(seats, held, target.placement),
+        through,
+        placement=_placement_of(through.seats, held, through.placement),
         exchange=exchange,
-        exchange_pages=exchange_pages(exchange, len(seats), target.memory.page_bytes),
+        exchange_pages=exchange_pages(exchange, len(through.seats), through.memory.page_bytes),
     )
 
 

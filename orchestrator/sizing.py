@@ -22,7 +22,10 @@ class ModelSizes:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Pages of each pool. ``expert_pages`` and ``kv_block_pages`` are per expert and per block."""
+    """Pages of each pool. ``expert_pages`` and ``kv_block_pages`` are per expert and per block.
+
+    ``device_pages`` are those of a device of the largest kind.
+    """
 
     page_bytes: int
     expert_pages: int
@@ -30,9 +33,9 @@ class MemoryPlan:
     trunk_pages: int
     device_pages: int
 
-    def kv_blocks(self, experts: int) -> int:
-        """KV blocks that fit a device's pool beside so many experts (summed over layers)."""
-        return max(0, self.device_pages - experts * self.expert_pages) // self.kv_block_pages
+    def kv_blocks(self, experts: int, pages: int) -> int:
+        """KV blocks that fit so many pages beside so many experts (summed over layers)."""
+        return max(0, pages - experts * self.expert_pages) // self.kv_block_pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class MemoryLimits:
     Parameters
     ----------
     device_bytes : int or None
-        Bytes per device; None sizes automatically.
+        Bytes of a device of the largest kind; None sizes automatically.
     available_bytes : int
         Memory available on the smallest node.
     devices_per_node : int
@@ -51,8 +54,9 @@ class MemoryLimits:
         Blocks with which every running sequence reaches its full length.
     kv_blocks_needed : int
         Blocks that one sequence of full length takes: fewer cannot serve.
-    reserved_experts : int
-        Experts, summed over layers, for which every device keeps room whatever it holds now.
+    reserved_experts, memory_parts : tuple
+        By device: experts, summed over layers, for which it keeps room whatever it holds now; and its memory as a part
+        of that of the largest kind.
     """
 
     device_bytes: int | None
@@ -60,7 +64,8 @@ class MemoryLimits:
     devices_per_node: int
     kv_blocks_wanted: int
     kv_blocks_needed: int
-    reserved_experts: int = 0
+    reserved_experts: tuple[int, ...]
+    memory_parts: tuple[float, ...]
 
 
 def pages_of(nbytes: int, page_bytes: int) -> int:
@@ -69,7 +74,7 @@ def pages_of(nbytes: int, page_bytes: int) -> int:
 
 
 def plan_memory(sizes: ModelSizes, page_bytes: int, placement: Placement, limits: MemoryLimits) -> MemoryPlan:
-    """Size every device's pool alike: room for all experts and the wanted KV, within what the node has.
+    """Size every device's pool by its kind: room for all experts and the wanted KV, within what the node has.
 
     A page costs memory only once it is used, so room for all experts is free until a device must take them.
 
@@ -80,23 +85,26 @@ def plan_memory(sizes: ModelSizes, page_bytes: int, placement: Placement, limits
     """
     expert_pages = pages_of(sizes.expert_bytes, page_bytes)
     block_pages = pages_of(sizes.kv_block_bytes, page_bytes)
-    devices = range(len(placement.devices))
-    held = max(limits.reserved_experts, *(sum(len(layer[d]) for layer in placement.experts_LD) for d in devices))
+    held_D = [
+        max(reserved, sum(len(layer[d]) for layer in placement.experts_LD))
+        for d, reserved in enumerate(limits.reserved_experts)
+    ]
     everything = placement.layers * placement.experts
-    needed = held * expert_pages + limits.kv_blocks_needed * block_pages
     device_bytes = limits.device_bytes
     if device_bytes is None:
-        wanted = max(everything, held) * expert_pages + limits.kv_blocks_wanted * block_pages
+        wanted = max(everything, *held_D) * expert_pages + limits.kv_blocks_wanted * block_pages
         share = int(limits.available_bytes * AUTO_SHARE) // limits.devices_per_node
         device_bytes = min(wanted * page_bytes, share)
     plan = MemoryPlan(
         page_bytes, expert_pages, block_pages, pages_of(sizes.trunk_bytes, page_bytes), device_bytes // page_bytes
     )
-    if plan.device_pages < needed:
-        raise OperatorError(
-            f"device-memory: {device_bytes / _MIB:.1f} MiB per device do not hold {held} experts "
-            f"({held * expert_pages * page_bytes / _MIB:.1f} MiB) and the KV cache of one sequence of full length "
-            f"({limits.kv_blocks_needed * block_pages * page_bytes / _MIB:.1f} MiB); "
-            "use more workers, more memory per device or a smaller --max-model-len"
-        )
+    kv_pages = limits.kv_blocks_needed * block_pages
+    for device, held, part in zip(placement.devices, held_D, limits.memory_parts, strict=True):
+        if int(plan.device_pages * part) < held * expert_pages + kv_pages:
+            raise OperatorError(
+                f"device-memory: {device_bytes * part / _MIB:.1f} MiB of {device} do not hold {held} experts "
+                f"({held * expert_pages * page_bytes / _MIB:.1f} MiB) and the KV cache of one sequence of full length "
+                f"({kv_pages * page_bytes / _MIB:.1f} MiB); "
+                "use more workers, more memory per device or a smaller --max-model-len"
+            )
     return plan

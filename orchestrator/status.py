@@ -43,6 +43,7 @@ class WorkerStatus:
     generated_tokens: int = 0
     routed_tokens: int = 0
     steps: int = 0
+    kind: str = "cpu"
 
 
 OperationState = Literal["running", "done", "failed", "canceled", "superseded"]

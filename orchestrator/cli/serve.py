@@ -71,6 +71,11 @@ _deployment_options = _Group(
             help="Seconds between looks at whether experts should move; 0 never moves them.",
         ),
         click.option("--loads", metavar="FILE", help="Measured loads: read at the start, kept up to date."),
+        click.option(
+            "--cluster",
+            metavar="FILE",
+            help="Devices of different memory and speed: the file of concertina plan --cluster.  [default: all alike]",
+        ),
         click.option("--device-memory", type=SizeType(), help="Pages per device, e.g. 2GiB.  [default: what fits]"),
         click.option(
             "--memory",
@@ -147,6 +152,8 @@ _endpoint_options = _Group(
 
 
 def _config(checkpoint: str, o: dict[str, Any]) -> DeploymentConfig:
+    from ..planfiles import read_cluster
+
     engine = EngineOptions(
         max_model_len=o["max_model_len"],
         max_batched_tokens=o["max_batched_tokens"],
@@ -166,6 +173,7 @@ def _config(checkpoint: str, o: dict[str, Any]) -> DeploymentConfig:
         exchange=o["exchange"],
         placement_file=o["placement"],
         device_memory_bytes=o["device_memory"],
+        fleet=read_cluster(o["cluster"]).cluster.devices if o["cluster"] else (),
         spare_slots=o["spare_slots"],
         rebalance_s=o["rebalance_interval"],
         loads_file=o["loads"],

@@ -97,8 +97,9 @@ def _pages_table(pools: tuple[PoolStatus, ...]) -> Table:
 
 
 def _short(pool: str) -> str:
-    kind, _, name = pool.partition("/")
-    return f"{kind} {name[:8]}"
+    """``node/ID`` or ``device/ID/NAME``."""
+    what, *_, name = pool.split("/")
+    return f"{what} {name[:8]}"
 
 
 def _count(n: int) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import count
 from typing import Literal
 
 from ...planners.placement import Placement
@@ -13,6 +12,7 @@ from ...workers.pages.backend import PoolGeometry
 from ...workers.pages.store import table_pages
 from ...workers.pages.table import ExtentRequest
 from ..sizing import MemoryPlan
+from .inventory import ALIKE, CPU, Inventory, Kind
 
 MemoryMode = Literal["shared", "separate"]
 _NODE = "node/"
@@ -20,10 +20,11 @@ _NODE = "node/"
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """One device of the deployment: its name and the node it belongs to."""
+    """One device of the deployment: its name, the node it belongs to, and what kind it is of."""
 
     device: str
     node: str
+    kind: Kind = CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +39,15 @@ class Layout:
         what its workers share (trunk, exchange).
     exchange_pages : int
         Pages of the exchange region in the first node's pool; 0 unless the exchange is ``shared``.
-    reserved_experts : int
-        Physical experts, summed over layers, for which every device keeps room beside its KV cache, so that experts
-        can move to it later.
+    reserved_experts : tuple of int
+        By rank: physical experts, summed over layers, for which a device keeps room beside its KV cache, so that
+        experts can move to it later; empty for none.
     node_pages : int
         Pages of every node's pool, at least; a pool never grows, and a page costs memory only once it is used.
     ledger_record_bytes : int
         See `OwnerConfig`.
+    inventory : Inventory
+        Devices that there may be.
     """
 
     seats: tuple[Seat, ...]
@@ -53,9 +56,10 @@ class Layout:
     memory_mode: MemoryMode
     exchange: ExchangeKind
     exchange_pages: int = 0
-    reserved_experts: int = 0
+    reserved_experts: tuple[int, ...] = ()
     node_pages: int = 0
     ledger_record_bytes: int = 0
+    inventory: Inventory = ALIKE
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -85,7 +89,12 @@ class Layout:
 
     def kv_blocks(self, rank: int) -> int:
         """KV blocks that this rank has beside its experts and the room kept for others."""
-        return self.memory.kv_blocks(max(len(self.experts_of(rank)), self.reserved_experts))
+        reserved = self.reserved_experts[rank] if self.reserved_experts else 0
+        return self.memory.kv_blocks(max(len(self.experts_of(rank)), reserved), self.device_pages(self.seats[rank]))
+
+    def device_pages(self, seat: Seat) -> int:
+        """Pages that a device may fill with experts and KV."""
+        return int(self.memory.device_pages * seat.kind.memory_part)
 
     def kv_blocks_coming_from(self, old: Layout, device: str) -> int:
         """KV blocks that a device may have while it goes from ``old`` to this layout, in both of which it is."""
@@ -94,7 +103,8 @@ class Layout:
             return self.kv_blocks(rank)
         before = old.experts_of(old.devices.index(device))
         both = len({*self.experts_of(rank), *before})
-        return min(self.kv_blocks(rank), self.memory.kv_blocks(both), old.memory.kv_blocks(both))
+        pages = [layout.device_pages(self.seats[rank]) for layout in (self, old)]
+        return min(self.kv_blocks(rank), *(self.memory.kv_blocks(both, most) for most in pages))
 
     def pool_pages(self, pool: str) -> int:
         """Pages of a pool, its page table and ledger included; those of a device alone never change.
@@ -104,17 +114,16 @@ class Layout:
         freed.
         """
         if not is_node_pool(pool):
-            return self.own_pool_pages
+            return self.own_pool_pages(next(seat for seat in self.seats if own_pool(seat) == pool))
         ranks = [rank for rank in range(len(self.seats)) if self.device_pool(rank) == pool]
         experts = self.placement.layers * self.placement.experts * self.memory.expert_pages if ranks else 0
         kv = sum(self.kv_blocks(rank) for rank in ranks) * self.memory.kv_block_pages
         needed = experts + kv + self.memory.trunk_pages + 4 * self.exchange_pages
         return max(self._with_books(needed), self.node_pages)
 
-    @property
-    def own_pool_pages(self) -> int:
-        """Pages of the pool of a device with a memory of its own."""
-        return self._with_books(self.memory.device_pages)
+    def own_pool_pages(self, seat: Seat) -> int:
+        """Pages of the pool of a device with a memory of its own, also of one that is not here yet."""
+        return self._with_books(self.device_pages(seat))
 
     def _with_books(self, pages: int) -> int:
         """So many pages and those of the pool's table and ledger."""
@@ -145,11 +154,6 @@ class Layout:
             pages = self.kv_blocks(rank) * self.memory.kv_block_pages
             want(pool, ExtentRequest(kv_key(seat.device), "kv", pages))
         return {pool: tuple(requests.values()) for pool, requests in wanted.items()}
-
-
-def free_names(taken: Collection[str]) -> Iterator[str]:
-    """Names for further devices, lowest numbers first."""
-    return (name for name in map("cpu-{}".format, count()) if name not in taken)
 
 
 def node_pool(node: str) -> str:

@@ -21,7 +21,7 @@ from .facts import (
     StopWorker,
 )
 from .health import kv_sizes, usable
-from .layout import Seat, free_names, own_pool
+from .layout import Seat, own_pool
 from .state import Record, State
 
 _KV = kv_key("")
@@ -127,12 +127,13 @@ def standby_pools(state: State, snapshot: Snapshot) -> Iterator[StartOwner | Sto
     assert state.serving is not None
     layout = state.serving.layout
     needed = layout.pools()
-    names = islice(free_names(layout.devices), state.standbys) if layout.memory_mode == "separate" else ()
-    wanted = {own_pool(Seat(n, node)): node for n in names for node in layout.nodes if node in snapshot.nodes}
+    next_ones = islice(layout.inventory.free(layout.devices), state.standbys if layout.memory_mode == "separate" else 0)
+    nodes = [node for node in layout.nodes if node in snapshot.nodes]
+    wanted = {own_pool(seat): seat for e in next_ones for seat in (Seat(e.device, node, e.kind) for node in nodes)}
     for pool, fact in sorted(snapshot.pools.items()):
         if pool not in needed and pool not in wanted and not set(fact.pages) - {LEDGER_KEY}:
             yield StopOwner(pool)
     ending = {e.pool for e in snapshot.busy if isinstance(e, StopOwner)}
-    for pool, node in wanted.items():
+    for pool, seat in wanted.items():
         if pool not in snapshot.pools and pool not in ending:
-            yield StartOwner(pool, node, layout.own_pool_pages)
+            yield StartOwner(pool, seat.node, layout.own_pool_pages(seat))

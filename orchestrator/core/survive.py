@@ -13,7 +13,7 @@ def survive(layout: Layout, nodes: Collection[str]) -> Layout | None:
     """The layout without the devices of other nodes; None if it cannot go on without them.
 
     Replicas that are left share the tokens evenly; an expert that is lost goes to the device with the fewest physical
-    experts of its layer. The same layout comes back if nothing is lost.
+    experts of its layer for its memory. The same layout comes back if nothing is lost.
     """
     seats = tuple(seat for seat in layout.seats if seat.node in nodes)
     if seats == layout.seats:
@@ -27,6 +27,7 @@ def survive(layout: Layout, nodes: Collection[str]) -> Layout | None:
         layout,
         seats=seats,
         placement=placement,
+        reserved_experts=tuple(layout.reserved_experts[rank] for rank in kept) if layout.reserved_experts else (),
         exchange="solo" if alone else layout.exchange,
         exchange_pages=0 if alone else layout.exchange_pages,
     )
@@ -46,7 +47,7 @@ def _without(placement: Placement, kept: list[int], seats: tuple[Seat, ...]) -> 
                 slots[device] += 1
         for devices in found:
             if not devices:
-                device = min(range(len(kept)), key=lambda d: (slots[d], total[d], d))
+                device = min(range(len(kept)), key=lambda d: (slots[d] / seats[d].kind.memory_part, total[d], d))
                 devices.append(device)
                 slots[device] += 1
                 total[device] += 1

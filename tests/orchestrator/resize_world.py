@@ -40,5 +40,5 @@ def context(*nodes: NodeInfo, layers: int = 2, experts: int = 8, length_blocks: 
 
 def layout_of(context: Context, workers: int) -> Layout:
     """What a deployment starts with."""
-    seats = seat_workers(context.nodes, workers)
+    seats = seat_workers(context.nodes, workers, context.config.inventory)
     return first_layout(context, seats, first_placement(context.site(seats), context.loads, context.now))

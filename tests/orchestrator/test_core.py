@@ -17,7 +17,7 @@ from concertina.orchestrator.core.facts import (
     StopOwner,
     WorkerFact,
 )
-from concertina.orchestrator.core.layout import Layout
+from concertina.orchestrator.core.layout import Layout, Seat
 from concertina.orchestrator.core.operations import request
 from concertina.orchestrator.core.state import Pending, Record, Stage, State
 from concertina.orchestrator.core.step import step
@@ -145,7 +145,7 @@ def _at_rest(mode: str, standbys: int) -> tuple[State, Snapshot]:
 def test_standbys_have_a_memory_ready_where_devices_have_their_own(mode, standbys, pools):
     """For the devices that a deployment would get next; empty memories of others are given back."""
     state, snapshot = _at_rest(mode, standbys)
-    pages = state.serving.layout.own_pool_pages
+    pages = state.serving.layout.own_pool_pages(Seat("cpu-2", "a"))
     starts = [StartOwner(pool, "a", pages) for pool in pools]
     workers = [StartWorker(f"worker-{2 + k}", "a") for k in range(standbys)]
     assert step(state, snapshot).effects == (*starts, *workers)

@@ -113,8 +113,10 @@ def test_a_bad_placement_file_is_named(tmp_path: Path, model: ModelFiles, text: 
 SIZES = ModelSizes(expert_bytes=100_000, trunk_bytes=300_000, kv_block_bytes=65_536)
 
 
-def limits(**fields: Any) -> MemoryLimits:
+def limits(devices: int = 2, **fields: Any) -> MemoryLimits:
     given: dict[str, Any] = {
+        "reserved_experts": (0,) * devices,
+        "memory_parts": (1.0,) * devices,
         "device_bytes": None,
         "available_bytes": GIB,
         "devices_per_node": 2,
@@ -129,15 +131,17 @@ def test_memory_by_hand() -> None:
     plan = plan_memory(SIZES, 65_536, balanced_placement(["a", "b"], 2, 10), limits())
     assert (plan.expert_pages, plan.kv_block_pages, plan.trunk_pages) == (2, 1, 5)
     assert plan.device_pages == 20 * 2 + 50
-    assert plan.kv_blocks(10) == 70
-    assert plan.kv_blocks(1000) == 0
+    assert plan.kv_blocks(10, plan.device_pages) == 70
+    assert plan.kv_blocks(1000, plan.device_pages) == 0
 
 
 @given(st.integers(0, 1 << 24), st.integers(1, 4), st.integers(1, 64))
 def test_memory_fits_or_is_refused_with_the_reason(device_bytes: int, devices: int, needed: int) -> None:
     placement = balanced_placement([f"d{i}" for i in range(devices)], 2, 7)
     try:
-        plan = plan_memory(SIZES, 65_536, placement, limits(device_bytes=device_bytes, kv_blocks_needed=needed))
+        plan = plan_memory(
+            SIZES, 65_536, placement, limits(devices, device_bytes=device_bytes, kv_blocks_needed=needed)
+        )
     except OperatorError:
         held = max(sum(len(layer[d]) for layer in placement.experts_LD) for d in range(devices))
         assert device_bytes // 65_536 < held * 2 + needed
@@ -145,7 +149,7 @@ def test_memory_fits_or_is_refused_with_the_reason(device_bytes: int, devices: i
     assert plan.device_pages * plan.page_bytes <= device_bytes
     for device in range(devices):
         held = sum(len(layer[device]) for layer in placement.experts_LD)
-        assert plan.kv_blocks(held) >= needed
+        assert plan.kv_blocks(held, plan.device_pages) >= needed
 
 
 def test_automatic_sizing_leaves_the_node_most_of_its_memory() -> None:

@@ -32,10 +32,10 @@ def check_layout(layout: Layout, planned_for: Context) -> None:
     assert layout.placement.devices == layout.devices
     assert len(set(layout.devices)) == len(layout.seats)
     assert (layout.placement.layers, layout.placement.experts) == (planned_for.spec.layers, planned_for.spec.experts)
-    for rank in range(len(layout.seats)):
+    for rank, seat in enumerate(layout.seats):
         assert layout.kv_blocks(rank) >= planned_for.length_blocks
         used = len(layout.experts_of(rank)) * layout.memory.expert_pages
-        assert used + layout.kv_blocks(rank) * layout.memory.kv_block_pages <= layout.memory.device_pages
+        assert used + layout.kv_blocks(rank) * layout.memory.kv_block_pages <= layout.device_pages(seat)
     available = {node.id: node.available_bytes for node in planned_for.nodes}
     for node in layout.nodes:
         assert sum(node_use(layout, node).values()) * layout.memory.page_bytes <= available[node]
@@ -150,7 +150,7 @@ def test_rebalancing_keeps_devices_and_ends(workers: int, seed: int) -> None:
         (0, {}, "workers: 0; expected at least 1"),
         (-2, {}, "workers: -2"),
         (17, {"device_memory_bytes": 4 * MIB}, "memory: 17 workers need"),
-        (1, {"device_memory_bytes": 3 * MIB // 2}, "device-memory: 1.5 MiB per device do not hold 16 experts"),
+        (1, {"device_memory_bytes": 3 * MIB // 2}, "device-memory: 1.5 MiB of cpu-0 do not hold 16 experts"),
         (40, {}, "device-memory"),
     ],
 )

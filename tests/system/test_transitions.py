@@ -10,7 +10,7 @@ import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from signal import SIGSTOP
 from typing import Any
@@ -22,6 +22,7 @@ from concertina.orchestrator.ingress.members import Member as IngressMember
 from concertina.orchestrator.ingress.members import connect_worker
 from concertina.orchestrator.ingress.router import Router
 from concertina.orchestrator.status import DeploymentStatus
+from concertina.planners.cluster import Device
 from concertina.workers.protocol import EngineRequest, SamplingParams
 
 from ..checkpoints import make_checkpoint
@@ -137,11 +138,14 @@ async def cleared(load: Load, workers: int) -> None:
     await until(lambda: kv_extents(load.deployment.hands) == expected)
 
 
-MODES = [{}, {"exchange": "gloo"}, {"memory_mode": "separate"}]
-TRANSITIONS = 10  # of each mode, and as many kills: more than 30 of both in all
+FAST, SLOW = Device("fast", "fast", 3 << 20, 4e10, 2e10), Device("slow", "slow", 2 << 20, 1e10, 1e10)
+MIXED = tuple(replace(kind, name=f"cpu-{i}") for i, kind in enumerate((FAST, SLOW, FAST, SLOW)))
+MODES = [{}, {"exchange": "gloo"}, {"memory_mode": "separate"}, {"memory_mode": "separate", "fleet": MIXED}]
+NAMES = ["shared", "gloo", "separate", "mixed"]
+TRANSITIONS = 8  # of each mode, and as many kills: more than 30 of both in all
 
 
-@pytest.mark.parametrize("fields", MODES, ids=str)
+@pytest.mark.parametrize("fields", MODES, ids=NAMES)
 def test_requests_do_not_notice_transitions(checkpoint: Path, members: list[Member], fields: dict[str, Any]) -> None:
     async def go() -> None:
         choose = random.Random(3)
@@ -171,7 +175,7 @@ def strike(load: Load, kind: str, choose: random.Random) -> None:
         hands.owners.pop(choose.choice(sorted(hands.owners)))._owner.close()
 
 
-@pytest.mark.parametrize("fields", MODES, ids=str)
+@pytest.mark.parametrize("fields", MODES, ids=NAMES)
 def test_requests_do_not_notice_kills(checkpoint: Path, members: list[Member], fields: dict[str, Any]) -> None:
     async def go() -> None:
         choose = random.Random(5)
@@ -189,8 +193,8 @@ def test_requests_do_not_notice_kills(checkpoint: Path, members: list[Member], f
 
 @pytest.mark.parametrize(
     ("kind", "fields"),
-    [("worker", MODES[1]), ("owner", MODES[0]), ("both", MODES[2]), ("hang", MODES[0])],
-    ids=str,
+    [("worker", MODES[1]), ("owner", MODES[0]), ("both", MODES[2]), ("hang", MODES[0]), ("worker", MODES[3])],
+    ids=["worker-gloo", "owner-shared", "both-separate", "hang-shared", "worker-mixed"],
 )
 def test_a_kill_at_every_step_of_a_transition(
     checkpoint: Path, members: list[Member], kind: str, fields: dict[str, Any]
