@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from ..core.layout import pool_title
 from ..preview import Preview
 
 _MIB = 1 << 20
@@ -46,6 +47,5 @@ def _devices_table(preview: Preview) -> Table:
 def _pools_table(preview: Preview) -> Table:
     table = _table("pool", "node", "most pages", "to load, MiB")
     for p in preview.pools:
-        kind, _, name = p.pool.partition("/")
-        table.add_row(f"{kind} {name[:8]}", p.node[:8], str(p.peak_pages), f"{p.loaded_bytes / _MIB:,.1f}")
+        table.add_row(pool_title(p.pool), p.node[:8], str(p.peak_pages), f"{p.loaded_bytes / _MIB:,.1f}")
     return table

@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..core.layout import pool_title
 from ..status import DeploymentStatus, OperationStatus, PoolStatus, WorkerStatus
 from .operation_view import outcome, progress
 
@@ -92,14 +93,8 @@ def _pages_table(pools: tuple[PoolStatus, ...]) -> Table:
         table.add_column(purpose, justify="right", no_wrap=True)
     for pool in pools:
         pages = [pool.by_purpose.get(purpose, 0) for purpose in _PURPOSES]
-        table.add_row(_short(pool.name), *(f"{n * pool.page_bytes / _MIB:,.1f}" for n in pages))
+        table.add_row(pool_title(pool.name), *(f"{n * pool.page_bytes / _MIB:,.1f}" for n in pages))
     return table
-
-
-def _short(pool: str) -> str:
-    """``node/ID`` or ``device/ID/NAME``."""
-    what, *_, name = pool.split("/")
-    return f"{what} {name[:8]}"
 
 
 def _count(n: int) -> str:

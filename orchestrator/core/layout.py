@@ -171,6 +171,12 @@ def node_of_pool(pool: str) -> str:
     return pool.split("/")[1]
 
 
+def pool_title(pool: str) -> str:
+    """What people are shown of a pool's name: ``device NAME``, or ``node ID`` cut short."""
+    what, *_, name = pool.split("/")
+    return f"{what} {name[:8]}" if what == "node" else f"{what} {name}"
+
+
 def is_node_pool(pool: str) -> bool:
     """Whether a node's workers share that pool; else it is one device's."""
     return pool.startswith(_NODE)
