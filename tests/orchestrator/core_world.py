@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 from concertina.orchestrator.core.facts import (
     Effect,
@@ -31,6 +32,12 @@ from .core_processes import Pool, Trouble, Worker, must
 HANG_S = 8.0
 _NOTICE_S = 2.0
 _AT_ONCE = (Free, HandOver, ResizeKV, StopOwner)
+
+
+@cache
+def _pages(count: int) -> tuple[int, ...]:
+    """Only their number matters."""
+    return (0,) * count
 
 
 @dataclass
@@ -78,7 +85,7 @@ class World:
                 facts[name] = self._seen[name] = worker.fact()
         errors, self.errors = self.errors, {}
         pools = {
-            n: PoolFact(p.node, f"@{n}", {k: (0,) * c for k, c in p.extents.items()}) for n, p in self.owners.items()
+            n: PoolFact(p.node, f"@{n}", {k: _pages(c) for k, c in p.extents.items()}) for n, p in self.owners.items()
         }
         return Snapshot(frozenset(self.nodes_known), pools, facts, self.store, frozenset(self.busy), errors, self.now_s)
 

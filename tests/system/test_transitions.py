@@ -6,6 +6,7 @@ Every stream is greedy in float32; its tokens must be those of a run in which no
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -32,11 +33,18 @@ pytestmark = pytest.mark.ray  # several processes
 PROMPTS = [tuple((7 * k + i) % 250 for i in range(20 + 9 * k)) for k in range(6)]
 TOKENS = 48
 LIMIT_S = 100.0
+LOADS = "loads.json"
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint("olmoe", tmp_path_factory.mktemp("model"))
+    """With loads beside it in which a layer's first expert gets half of the tokens."""
+    path = make_checkpoint("olmoe", tmp_path_factory.mktemp("model"))
+    config = json.loads((path / "config.json").read_text())
+    experts = config["num_experts"]
+    counts = [[experts - 1, *([1] * (experts - 1))]] * config["num_hidden_layers"]
+    (path / LOADS).write_text(json.dumps({"tokens_per_step": 64, "counts_LE": counts}))
+    return path
 
 
 @pytest.fixture
@@ -85,6 +93,8 @@ class Load:
 @asynccontextmanager
 async def under_load(members: list[Member], checkpoint: Path, **fields: Any) -> AsyncIterator[Load]:
     engine = EngineOptions(max_model_len=256, threads=1)
+    if fields.get("spare_slots"):
+        fields = {**fields, "loads_file": str(checkpoint / LOADS)}
     options = {"engine": engine, "workers": 2, "standbys": 1, "exchange_timeout_s": 10.0, "hang_timeout_s": 4.0}
     async with deployed(members, checkpoint, **{**options, **fields}) as deployment:
         load = Load(deployment, deployment.controller._config.token)
@@ -140,8 +150,13 @@ async def cleared(load: Load, workers: int) -> None:
 
 FAST, SLOW = Device("fast", "fast", 3 << 20, 4e10, 2e10), Device("slow", "slow", 2 << 20, 1e10, 1e10)
 MIXED = tuple(replace(kind, name=f"cpu-{i}") for i, kind in enumerate((FAST, SLOW, FAST, SLOW)))
-MODES = [{}, {"exchange": "gloo"}, {"memory_mode": "separate"}, {"memory_mode": "separate", "fleet": MIXED}]
-NAMES = ["shared", "gloo", "separate", "mixed"]
+MODES = [
+    {"spare_slots": 2},
+    {"exchange": "gloo"},
+    {"memory_mode": "separate"},
+    {"memory_mode": "separate", "fleet": MIXED},
+]
+NAMES = ["replicas", "gloo", "separate", "mixed"]  # memory and exchange are shared unless it says otherwise
 TRANSITIONS = 8  # of each mode, and as many kills: more than 30 of both in all
 
 
@@ -150,7 +165,7 @@ def test_requests_do_not_notice_transitions(checkpoint: Path, members: list[Memb
     async def go() -> None:
         choose = random.Random(3)
         async with under_load(members, checkpoint, **fields) as load:
-            controller, size = load.deployment.controller, 2
+            controller, size, seen = load.deployment.controller, 2, {replicated(load)}
             for _ in range(TRANSITIONS + 1):
                 size = choose.choice([n for n in (1, 2, 3, 4) if n != size])
                 operation = await controller.scale(load.token, size)
@@ -158,8 +173,17 @@ def test_requests_do_not_notice_transitions(checkpoint: Path, members: list[Memb
                 assert (ended.state, ended.reason) == ("done", ""), ended
                 await settled(load, size)
                 await cleared(load, size)
+                seen.add(replicated(load))
+            assert True in seen or "spare_slots" not in fields
 
     asyncio.run(go())
+
+
+def replicated(load: Load) -> bool:
+    """Whether an expert is on several devices: one that was busy in the file, or is by what was measured since."""
+    record = load.deployment.controller._state.serving
+    assert record is not None
+    return any(len(replicas) > 1 for replicas_E in record.layout.placement.replicas_LE for replicas in replicas_E)
 
 
 def strike(load: Load, kind: str, choose: random.Random) -> None:
@@ -194,7 +218,7 @@ def test_requests_do_not_notice_kills(checkpoint: Path, members: list[Member], f
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [("worker", MODES[1]), ("owner", MODES[0]), ("both", MODES[2]), ("hang", MODES[0]), ("worker", MODES[3])],
-    ids=["worker-gloo", "owner-shared", "both-separate", "hang-shared", "worker-mixed"],
+    ids=["worker-gloo", "owner-replicas", "both-separate", "hang-replicas", "worker-mixed"],
 )
 def test_a_kill_at_every_step_of_a_transition(
     checkpoint: Path, members: list[Member], kind: str, fields: dict[str, Any]
