@@ -86,10 +86,14 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class EndpointOptions:
-    """Where and for whom the endpoint listens. Without ``api_keys`` everyone who reaches it is served."""
+    """Where and for whom the endpoint listens. Without ``api_keys`` everyone who reaches it is served.
+
+    Of ``replicas`` one answers; the others stand by.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
+    replicas: int = 2
     model_name: str | None = None
     api_keys: tuple[str, ...] = field(default=(), repr=False)
 
@@ -150,6 +154,7 @@ class DeploymentConfig:
             "block_tokens": self.engine.block_tokens,
             "max_model_len": self.engine.max_model_len,
             "threads": self.engine.threads,
+            "ingress-replicas": self.endpoint.replicas,
         }
         for name, value in positive.items():
             if value is not None and value < 1:

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
 import ray
-from ray import serve
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..errors import OperatorError
 from ..workers.model_files import ModelFiles
 from . import remote
-from .config import NAMESPACE, DeploymentConfig
+from .config import DeploymentConfig
 from .controller_actor import launch
 from .core.layout import Seat
-from .ingress.deployment import ActorMembers, Lifeline, build_ingress
+from .endpoint import opened
 from .ingress.settings import IngressSettings
 from .planning import fitting_placement, max_model_len
 from .ray_hands import end_all
@@ -55,9 +53,10 @@ def serve_until_stopped(config: DeploymentConfig, address: str | None, verbose: 
         started = remote.join_or_start(address, config.workers, verbose)
         with _controller(config) as controller:
             starting = controller.start.remote()
-            with _endpoint(config, settings, leave_serve=started) as opening:
-                _bring_up(starting, opening, controller, console)
+            with opened(config, settings, leave_serve=started) as endpoint:
+                _bring_up(starting, endpoint.opening, controller, console)
                 _announce(config, started)
+                endpoint.stand_by()
                 _watch(controller)
     except KeyboardInterrupt:
         console.print("concertina: stopped")
@@ -149,36 +148,6 @@ def _still_starting(starting: Any, controller: Any) -> Any:
     except remote.Unavailable:
         return controller.start.remote()
     return None
-
-
-@contextlib.contextmanager
-def _endpoint(config: DeploymentConfig, settings: IngressSettings, leave_serve: bool) -> Iterator[Future[None]]:
-    """The HTTP endpoint in Ray Serve, opening beside the start of the workers.
-
-    A Serve instance that was not there before is shut down with it, unless the cluster ends anyway (``leave_serve``).
-    """
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    owns_serve = not _serve_runs()
-    actor = remote.controller_name(config.name)
-    source = ActorMembers(actor, NAMESPACE, config.token)
-    lifeline = Lifeline(actor, NAMESPACE, config.name, owns_serve)
-
-    def open_it() -> None:
-        listen = {"host": config.endpoint.host, "port": config.endpoint.port}
-        serve.start(http_options=listen, logging_config={"log_level": "WARNING"})
-        serve.run(build_ingress(settings, source, lifeline=lifeline), name=config.name, route_prefix="/")
-
-    with ThreadPoolExecutor(1, "endpoint") as pool:
-        try:
-            yield pool.submit(open_it)
-        finally:
-            if not leave_serve:
-                with contextlib.suppress(ray.exceptions.RayError):
-                    serve.shutdown() if owns_serve else serve.delete(config.name)
-
-
-def _serve_runs() -> bool:
-    return any(a["namespace"] == "serve" for a in ray.util.list_named_actors(all_namespaces=True))
 
 
 def _announce(config: DeploymentConfig, started: bool) -> None:

@@ -138,6 +138,13 @@ _endpoint_options = _Group(
     (
         click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
         click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True),
+        click.option(
+            "--ingress-replicas",
+            type=_count,
+            default=2,
+            show_default=True,
+            help="Ingress processes: one answers, the others stand by for its death.",
+        ),
         click.option("--served-model-name", help="Name that requests give.  [default: the checkpoint's folder]"),
         click.option(
             "--api-key",
@@ -164,7 +171,9 @@ def _config(checkpoint: str, o: dict[str, Any]) -> DeploymentConfig:
         chunked_prefill=o["chunked_prefill"],
         threads=o["threads"],
     )
-    endpoint = EndpointOptions(o["host"], o["port"], o["served_model_name"], tuple(o["api_keys"]))
+    endpoint = EndpointOptions(
+        o["host"], o["port"], o["ingress_replicas"], o["served_model_name"], tuple(o["api_keys"])
+    )
     return DeploymentConfig(
         checkpoint=checkpoint,
         workers=o["workers"],

@@ -12,11 +12,13 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from ...errors import InternalError
 from ..status import MemberList
 from .app import create_app
+from .first_replica import FirstReplica
 from .following import follow
 from .members import Member, MemberSource, Roster, connect_worker
 from .router import Router
@@ -137,18 +139,22 @@ def build_ingress(
     source : MemberSource
         Can be pickled, and called in each replica.
     replicas : int
-        Each connects to every worker, and limits its own queue.
+        One answers, and the others stand by, connected to every worker. Running the application again with another
+        number lets those that are there be.
     lifeline : Lifeline, optional
         Ends the application when what it serves is gone.
     """
+    eldest: Any = FirstReplica
     deployment: Any = serve.deployment(
         serve.ingress(None)(Ingress),
         name="ingress",
         num_replicas=replicas,
         max_ongoing_requests=NO_LIMIT,
         health_check_period_s=HEALTH_S,
+        request_router_config=RequestRouterConfig(request_router_class=eldest),
         ray_actor_options={"num_cpus": 0},
         logging_config=LoggingConfig(enable_access_log=False),
     )
+    deployment = deployment.options(version="1", _internal=True)  # else Serve would take every run for new code
     application: serve.Application = deployment.bind(settings, source, lifeline)
     return application

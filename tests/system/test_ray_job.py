@@ -166,6 +166,7 @@ def test_a_job_serves_until_it_is_stopped(head: Head, tmp_path: Path, form: list
     assert [w["state"] for w in found["workers"]] == ["serving", "serving"]
     assert sum(w["generated_tokens"] for w in found["workers"]) == 12
     assert {"ControllerService", "WorkerActor", "OwnerActor"} <= set(head.alive_actors())
+    wait_for(lambda: head.alive_actors().count("ProxyActor") == 2, lambda: f"alive: {head.alive_actors()}")
     pids = [w["pid"] for w in found["workers"]]
     head.ray("job", "stop", job)
     wait_for(lambda: head.alive_actors() == [], lambda: f"alive: {head.alive_actors()}")

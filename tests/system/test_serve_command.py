@@ -19,7 +19,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ..checkpoints import make_checkpoint
-from .command import GONE_S, Server, concertina, wait_for
+from .command import GONE_S, Server, concertina, descendants, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -190,9 +190,16 @@ def test_what_cannot_be_recovered_ends_it_with_the_reason(checkpoint: Path, tmp_
         wait_for(lambda: not traces.left(), lambda: f"left behind: {traces.left()}")
 
 
+def twice(server: Server) -> bool:
+    """Whether the second of everything that holds clients' connections is there, or starts."""
+    names = [process.name for process in descendants(server.process.pid)]
+    return all(sum(kind in name for name in names) == 2 for kind in ("ProxyActor", "ServeReplica"))
+
+
 def test_a_killed_driver_leaves_nothing(checkpoint: Path) -> None:
     with Server.start(checkpoint, "--workers", "2") as server:
         server.wait_until_healthy()
+        wait_for(lambda: twice(server), lambda: "the endpoint is not doubled")
         traces = server.traces()
         server.process.kill()
         server.process.wait()

@@ -1,0 +1,92 @@
+"""The HTTP endpoint of ``concertina serve`` in Ray Serve: opened, then doubled, then closed. Imports Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any
+
+import ray
+from ray import serve
+
+from . import remote
+from .config import NAMESPACE, DeploymentConfig
+from .ingress.deployment import ActorMembers, Lifeline, build_ingress
+from .ingress.second_door import open_second_door
+from .ingress.settings import IngressSettings
+
+_log = logging.getLogger(__name__)
+_AFTER_S = 10.0  # whoever has just started it asks at once, and two more processes take their seconds of CPU
+
+
+class Endpoint:
+    """Serve's proxy holds clients' connections, and a replica of the ingress answers.
+
+    Attributes
+    ----------
+    opening : Future
+        Done when both do.
+    """
+
+    def __init__(self, config: DeploymentConfig, settings: IngressSettings, pool: Executor) -> None:
+        self.config, self.settings = config, settings
+        self.owns_serve = not _serve_runs()
+        self.opening: Future[None] = pool.submit(self._open)
+        self._door: Any = None
+
+    def stand_by(self) -> None:
+        """Have a second one of everything that dies with clients' connections, soon, in the background."""
+        if self.config.endpoint.replicas > 1:
+            threading.Thread(target=self._double, name="endpoint", daemon=True).start()
+
+    def close(self) -> None:
+        """End it."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            if self._door is not None:
+                ray.kill(self._door)
+            serve.shutdown() if self.owns_serve else serve.delete(self.config.name)
+
+    def _open(self) -> None:
+        """With one replica; the others can come when the machine has less to do."""
+        listen = {"host": self.config.endpoint.host, "port": self.config.endpoint.port}
+        serve.start(http_options=listen, logging_config={"log_level": "WARNING"})
+        self._run(1, wait=True)
+
+    def _double(self) -> None:
+        time.sleep(_AFTER_S)
+        try:
+            self._door = open_second_door(self.config.name, self.config.endpoint.host, self.config.endpoint.port)
+            self._run(self.config.endpoint.replicas, wait=False)
+        except Exception as e:  # noqa: BLE001 - it serves all the same; and this may be the end of everything
+            _log.warning("the endpoint has no second process: %s", e)
+
+    def _run(self, replicas: int, wait: bool) -> None:
+        name, actor = self.config.name, remote.controller_name(self.config.name)
+        source = ActorMembers(actor, NAMESPACE, self.config.token)
+        lifeline = Lifeline(actor, NAMESPACE, name, self.owns_serve)
+        application = build_ingress(self.settings, source, replicas, lifeline)
+        serve.run_many([serve.RunTarget(application, name, "/")], wait_for_applications_running=wait)
+
+
+@contextlib.contextmanager
+def opened(config: DeploymentConfig, settings: IngressSettings, leave_serve: bool) -> Iterator[Endpoint]:
+    """The endpoint, opening beside the start of the workers.
+
+    A Serve instance that was not there before is shut down with it, unless the cluster ends anyway (``leave_serve``).
+    """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    with ThreadPoolExecutor(1, "endpoint") as pool:
+        endpoint = Endpoint(config, settings, pool)
+        try:
+            yield endpoint
+        finally:
+            if not leave_serve:
+                endpoint.close()
+
+
+def _serve_runs() -> bool:
+    return any(a["namespace"] == "serve" for a in ray.util.list_named_actors(all_namespaces=True))
