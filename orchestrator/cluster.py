@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Container, Coroutine, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from ..errors import InternalError
@@ -29,6 +28,13 @@ class Pool:
     handle: OwnerHandle
     source: PageSource
     pages: Mapping[str, tuple[int, ...]]
+    asked: asyncio.Task[None] | None = None
+    asked_s: float = 0.0
+
+    def fact(self, now_s: float, hang_s: float) -> PoolFact:
+        """What it last said, unless it hangs."""
+        failed = _hang(self.asked, now_s - self.asked_s, hang_s)
+        return PoolFact(self.node, self.source.address, self.pages, failed, stale=self.asked is not None)
 
 
 @dataclass(slots=True)
@@ -45,8 +51,8 @@ class Member:
 
     def fact(self, now_s: float, hang_s: float, nodes: Container[str] | None = None) -> WorkerFact:
         """What it last said, unless it hangs, or its node is not one of ``nodes`` (None: any)."""
-        report, late_s = self.report, now_s - self.asked_s if self.asked is not None else 0.0
-        failed = report.failed or (f"gave no answer for {late_s:.0f} s" if late_s > hang_s else "")
+        report = self.report
+        failed = report.failed or _hang(self.asked, now_s - self.asked_s, hang_s)
         if nodes is not None and self.node not in nodes:
             failed = f"node {self.node} is gone"
         return WorkerFact(
@@ -70,7 +76,7 @@ class Cluster:
     ----------
     hands : Hands
     hang_s : float
-        A worker without an answer for so long has failed.
+        A worker or owner without an answer for so long has failed.
     changed : callable
         Called when somebody died or said something new.
     """
@@ -108,7 +114,7 @@ class Cluster:
         now_s = self.hands.now_s()
         return Snapshot(
             nodes=frozenset(self.nodes),
-            pools={name: PoolFact(p.node, p.source.address, p.pages) for name, p in self.pools.items()},
+            pools={name: pool.fact(now_s, self.hang_s) for name, pool in self.pools.items()},
             workers={name: m.fact(now_s, self.hang_s, self.nodes) for name, m in self.workers.items()},
             store=self.store,
             busy=busy,
@@ -122,15 +128,24 @@ class Cluster:
             if member.asked is None:
                 member.asked_s = self.hands.now_s()
                 member.asked = asyncio.create_task(self._ask(member))
-        there = (member for member in self.workers.values() if member.node in self.nodes)
-        asked = [member.asked for member in there if member.asked is not None]
-        extents = [asyncio.create_task(self._refreshed(name)) for name in self.pools]
-        if asked or extents:
-            await asyncio.wait([*asked, *extents], timeout=_PATIENCE_S)
+        for name, pool in self.pools.items():
+            if pool.asked is None:
+                pool.asked_s = self.hands.now_s()
+                pool.asked = asyncio.create_task(self._ask_owner(name, pool))
+        processes: list[Member | Pool] = [*self.workers.values(), *self.pools.values()]
+        asked = [each.asked for each in processes if each.asked is not None and each.node in self.nodes]
+        if asked:
+            await asyncio.wait(asked, timeout=_PATIENCE_S)
 
-    async def _refreshed(self, pool: str) -> None:
-        with suppress(InternalError, KeyError):  # it has died: its watch tells
-            await self.refresh(pool)
+    async def _ask_owner(self, name: str, pool: Pool) -> None:
+        try:
+            pool.pages = await pool.handle.pages()
+        except InternalError:
+            return  # it has died: its watch tells
+        finally:
+            pool.asked = None
+        if self.hands.now_s() - pool.asked_s > _PATIENCE_S:
+            self.changed()  # a decision was made without this
 
     async def look_at_nodes(self) -> None:
         self.nodes = {node.id: node for node in await self.hands.nodes()}
@@ -141,6 +156,11 @@ class Cluster:
 
     def forget_worker(self, name: str) -> None:
         self.workers.pop(name, None)
+
+    def forget_pool(self, name: str, pool: Pool) -> None:
+        """Unless another owner has taken it over meanwhile."""
+        if self.pools.get(name) is pool:
+            del self.pools[name]
 
     def close(self) -> None:
         for task in self._watches:
@@ -186,7 +206,7 @@ class Cluster:
             except InternalError as e:
                 if self.pools.get(name) is pool:
                     _log.warning("memory owner %s is lost: %s", name, e)
-                    del self.pools[name]
+                    self.forget_pool(name, pool)
                     self.changed()
                 return
 
@@ -194,3 +214,8 @@ class Cluster:
         task = asyncio.create_task(work)
         self._watches.add(task)
         task.add_done_callback(self._watches.discard)
+
+
+def _hang(asked: asyncio.Task[None] | None, late_s: float, hang_s: float) -> str:
+    """Why a process that has been asked counts as hung; empty if it does not."""
+    return f"gave no answer for {late_s:.0f} s" if asked is not None and late_s > hang_s else ""

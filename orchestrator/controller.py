@@ -21,7 +21,7 @@ from ..workers.model_files import ModelFiles
 from .balancer import Balancer
 from .cluster import Cluster
 from .config import DeploymentConfig
-from .core.facts import Effect, Fault
+from .core.facts import Effect, Fault, PoolFact, WorkerFact
 from .core.layout import Layout, node_of_pool
 from .core.operations import cancel, request
 from .core.state import Operation, OperationKind, Stage, State
@@ -331,9 +331,10 @@ class Controller:
         await self._cluster.look_at_nodes()
         errors, self._errors = self._errors, {}
         snapshot = await self._cluster.look(frozenset(self._busy), errors)  # nothing slow between this and the decision
-        for worker, fact in snapshot.workers.items():
+        facts: dict[str, WorkerFact | PoolFact] = {**snapshot.workers, **snapshot.pools}
+        for name, fact in facts.items():
             if fact.failed:
-                _log.warning("%s has to be ended: %s", worker, fact.failed)
+                _log.warning("%s has to be ended: %s", name, fact.failed)
         decision = step(self._state, snapshot)
         changed, self._state = decision.state != self._state, decision.state
         if changed:

@@ -128,9 +128,9 @@ class Deeds:
         return True
 
     async def _stop_owner(self, effect: StopOwner) -> None:
-        pool = self.cluster.pools.pop(effect.pool, None)
-        if pool is not None:
-            await self.cluster.hands.kill(pool.config.name)
+        pool = self._pool(effect.pool)
+        await self.cluster.hands.kill(pool.config.name)
+        self.cluster.forget_pool(effect.pool, pool)
 
     async def _start_worker(self, effect: StartWorker) -> None:
         engine = self.config.engine

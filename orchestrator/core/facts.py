@@ -15,11 +15,17 @@ from ...workers.pages.table import ExtentRequest
 
 @dataclass(frozen=True, slots=True)
 class PoolFact:
-    """A memory owner that lives: where its pool is handed out, and the finished extents in it."""
+    """A memory owner whose process lives: where its pool is handed out, and the finished extents in it.
+
+    ``failed`` says why it has to be ended: it gives no answer. ``stale``: it has not answered since this snapshot was
+    asked for.
+    """
 
     node: str
     address: str
     pages: Mapping[str, tuple[int, ...]]
+    failed: str = ""
+    stale: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +78,7 @@ class StartOwner:
 
 @dataclass(frozen=True, slots=True)
 class StopOwner:
-    """End the owner of a pool that holds nothing."""
+    """End an owner: one whose pool holds nothing, or one that gives no answer. Who maps the pool keeps it."""
 
     pool: str
 

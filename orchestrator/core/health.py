@@ -64,6 +64,9 @@ def filled(record: Record, snapshot: Snapshot) -> bool:
         return False  # a hung worker might wake and write into the KV that another one takes over
     if any(worker not in snapshot.workers for worker in record.workers):
         return False
+    pools = [snapshot.pools.get(pool) for pool in record.layout.pools()]
+    if any(fact is not None and (fact.failed or fact.stale) for fact in pools):
+        return False  # members would wait for its pages in vain
     return not any(missing(record, snapshot))
 
 

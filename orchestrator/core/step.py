@@ -279,6 +279,7 @@ def _is_clear(state: State, snapshot: Snapshot) -> bool:
 
 def _effects(state: State, snapshot: Snapshot) -> tuple[State, list[Effect]]:
     effects: list[Effect] = [StopWorker(w) for w, fact in sorted(snapshot.workers.items()) if fact.failed]
+    effects += [StopOwner(pool) for pool, fact in sorted(snapshot.pools.items()) if fact.failed]
     if state.serving is not None:
         effects += missing_pools(state.serving, snapshot)
     if state.pending is not None:

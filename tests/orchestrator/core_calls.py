@@ -26,6 +26,13 @@ def owner(world: World, name: str) -> Pool:
     return world.owners[name]
 
 
+def answering_owner(world: World, name: str) -> Generator[Moment, None, Pool]:
+    """The pool, once its owner answers."""
+    while owner(world, name).hung_since_s is not None:
+        yield CALLED
+    return owner(world, name)
+
+
 def answering(world: World, name: str) -> Generator[Moment, None, Worker]:
     """The worker, once it answers."""
     while name in world.workers and world.workers[name].hung_since_s is not None:

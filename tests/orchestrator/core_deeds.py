@@ -22,7 +22,7 @@ from concertina.orchestrator.core.facts import (
 from concertina.orchestrator.core.layout import node_pool
 from concertina.workers.generation import kv_key
 
-from .core_calls import BETWEEN, CALLED, Deed, answering, owner
+from .core_calls import BETWEEN, CALLED, Deed, answering, answering_owner, owner
 from .core_kv import hand_over, resize_kv
 from .core_processes import KV, Part, Pool, Trouble, Worker, must
 
@@ -83,7 +83,7 @@ def _stop_owner(world: World, effect: StopOwner) -> Deed:
     yield CALLED
     pool = world.owners.get(effect.pool)
     if pool is not None:
-        needed = world.needed(pool.name) & pool.extents.keys()
+        needed = world.needed(pool.name) & pool.extents.keys() if pool.hung_since_s is None else set()
         must(not needed, f"C11: {pool.name} was stopped, which holds {needed}")
         world.end_owner(pool.name)
 
@@ -105,13 +105,14 @@ def _until_node_speaks(world: World, node: str) -> Deed:
 
 def _fill(world: World, effect: Fill) -> Deed:
     yield CALLED
-    pool = owner(world, effect.pool)
+    pool = yield from answering_owner(world, effect.pool)
     while any(r.key in pool.loading for r in effect.requests):
         yield CALLED  # somebody else is filling them
         same(world, pool)
     keys = pool.load(effect.requests)
     try:
         yield CALLED
+        yield from answering_owner(world, effect.pool)
         same(world, pool)
         pool.finish(keys)
     finally:  # what was not filled is given back, whatever ends this
@@ -139,6 +140,9 @@ def _prepare(world: World, effect: Prepare) -> Deed:
         return
     if generation in worker.abandoned or worker.retired or worker.failed:
         raise Trouble(f"{worker.name}: {worker.failed or 'abandoned or retired'}")
+    layout, rank = world.records[generation].layout, world.records[generation].rank_of(worker.name)
+    for pool in {layout.device_pool(rank), node_pool(layout.seats[rank].node)}:
+        yield from answering_owner(world, pool)
     worker.joining[generation] = _map(world, worker, generation)
     try:
         yield from _meet(world, generation)
@@ -221,4 +225,5 @@ def _stop_worker(world: World, effect: StopWorker) -> Deed:
 
 def _free(world: World, effect: Free) -> Deed:
     yield BETWEEN
+    yield from answering_owner(world, effect.pool)
     world.free(effect.pool, effect.keys)

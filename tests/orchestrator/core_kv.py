@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from concertina.orchestrator.core.facts import HandOver, ResizeKV
 from concertina.workers.generation import kv_key
 
-from .core_calls import BETWEEN, CALLED, Deed, answering, kv_of, owner
+from .core_calls import BETWEEN, CALLED, Deed, answering, answering_owner, kv_of
 from .core_processes import KV, Pool, Worker, must
 
 if TYPE_CHECKING:
@@ -19,9 +19,9 @@ def resize_kv(world: World, effect: ResizeKV) -> Deed:
     worker = yield from answering(world, effect.worker)
     kv = kv_of(worker)
     yield BETWEEN
-    _claim(owner(world, kv.pool.name), kv)
+    _claim((yield from answering_owner(world, kv.pool.name)), kv)
     yield BETWEEN
-    pool, key = owner(world, kv.pool.name), kv_key(kv.device)
+    pool, key = (yield from answering_owner(world, kv.pool.name)), kv_key(kv.device)
     wanted = effect.blocks * kv.block_pages
     if wanted > pool.extents.get(key, 0):
         pool.take(wanted - pool.extents.get(key, 0))
@@ -31,7 +31,7 @@ def resize_kv(world: World, effect: ResizeKV) -> Deed:
     worker = yield from answering(world, effect.worker)
     kv_of(worker).own = min(wanted, pool.extents.get(key, 0))
     yield BETWEEN
-    pool = owner(world, kv.pool.name)
+    pool = yield from answering_owner(world, kv.pool.name)
     pool.extents[key] = kv.own
 
 
@@ -62,6 +62,7 @@ def hand_over(world: World, effect: HandOver) -> Deed:
             leaver.let_go_if_idle()
     yield BETWEEN
     if effect.pool:
+        yield from answering_owner(world, effect.pool)
         world.free(effect.pool, [key])
 
 

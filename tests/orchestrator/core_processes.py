@@ -42,6 +42,7 @@ class Pool:
     pages: int
     budget: int
     tight: bool = False
+    hung_since_s: float | None = None  # its owner
     extents: dict[str, int] = field(default_factory=dict)
     loading: dict[str, int] = field(default_factory=dict)
 

@@ -228,7 +228,8 @@ class Schedule:
                 lambda: self._both(name),
             ]
         if owners:
-            faults.append(lambda: world.end_owner(order.choice(owners)))
+            pool = order.choice(owners)
+            faults += [lambda: world.end_owner(pool), lambda: world.hang_owner(pool)]
         faults += [self._node, self._bad_boundary]
         number = order.randrange(len(faults))
         self.note(f"FAULT {number} of {len(faults)}")

@@ -15,7 +15,15 @@ from .core_rest import check_rest
 from .core_schedule import Schedule
 
 FaultKind = Literal[
-    "error before", "error after", "worker dies", "worker hangs", "engine fails", "owner dies", "both die", "restart"
+    "error before",
+    "error after",
+    "worker dies",
+    "worker hangs",
+    "engine fails",
+    "owner dies",
+    "owner hangs",
+    "both die",
+    "restart",
 ]
 _A = [(f"cpu-{i}", "a") for i in range(4)]
 TRANSITIONS = {"grow": (_A[:2], _A), "shrink": (_A, _A[:2]), "replace": (_A[:3], [_A[0], _A[3]])}
@@ -84,6 +92,7 @@ class OneFault(Schedule):
             "worker hangs": lambda: name in world.workers and world.hang(name),
             "engine fails": lambda: name in world.workers and world.break_engine(name),
             "owner dies": lambda: pool in world.owners and world.end_owner(pool),
+            "owner hangs": lambda: pool in world.owners and world.hang_owner(pool),
             "both die": lambda: (world.end_worker(name), pool in world.owners and world.end_owner(pool)),
             "restart": self.restart,
         }

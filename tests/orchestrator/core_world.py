@@ -84,10 +84,14 @@ class World:
             else:
                 facts[name] = self._seen[name] = worker.fact()
         errors, self.errors = self.errors, {}
-        pools = {
-            n: PoolFact(p.node, f"@{n}", {k: _pages(c) for k, c in p.extents.items()}) for n, p in self.owners.items()
-        }
+        pools = {name: self._pool_fact(pool) for name, pool in self.owners.items()}
         return Snapshot(frozenset(self.nodes_known), pools, facts, self.store, frozenset(self.busy), errors, self.now_s)
+
+    def _pool_fact(self, pool: Pool) -> PoolFact:
+        late_s = 0.0 if pool.hung_since_s is None else self.now_s - pool.hung_since_s
+        pages = {key: _pages(count) for key, count in pool.extents.items()}
+        failed = "gave no answer" if late_s > HANG_S else ""
+        return PoolFact(pool.node, f"@{pool.name}", pages, failed, stale=pool.hung_since_s is not None)
 
     def snapshot_lags(self) -> bool:
         """Whether somebody's death is not known yet."""
@@ -171,9 +175,13 @@ class World:
         self.workers[name].failed = "its engine failed"
         self._disturb(self.workers[name])
 
+    def hang_owner(self, name: str) -> None:
+        self.owners[name].hung_since_s = self.now_s
+
     def end_owner(self, name: str) -> None:
         pool = self.owners.pop(name)
         pool.loading.clear()
+        pool.hung_since_s = None
 
     def end_node(self, name: str) -> None:
         self.nodes_alive.discard(name)

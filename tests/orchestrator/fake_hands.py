@@ -41,6 +41,7 @@ class FakeOwner:
     config_: OwnerConfig
     faults: Faults
     dead: bool = False
+    hangs: bool = False
     extents: dict[str, tuple[int, ...]] = field(default_factory=dict)
     loaded: int = 0
     next_page: int = 1
@@ -110,6 +111,9 @@ class FakeOwner:
             self.extents.pop(key, None)
 
     async def pages(self) -> Mapping[str, tuple[int, ...]]:
+        while self.hangs and not self.dead:
+            await asyncio.sleep(0.01)
+        self._alive()
         return dict(self.extents)
 
     async def usage(self) -> Mapping[str, int]:

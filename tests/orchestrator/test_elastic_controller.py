@@ -255,6 +255,20 @@ def test_a_hung_worker_is_killed_and_replaced(checkpoint: Path) -> None:
     asyncio.run(go())
 
 
+def test_a_hung_owner_is_killed_and_another_one_adopts(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 2, hang_timeout_s=0.2) as (controller, hands, token):
+            generation, held = controller._state.serving.id, dict(hands.owners[0].extents)
+            hands.owners[0].hangs = True
+            await until(lambda: "node/here" in controller._cluster.pools and len(hands.owners) == 2)
+            assert hands.owners[0].dead
+            assert hands.owners[1].extents == held
+            assert controller._state.serving.id == generation
+            assert (await done(controller, token, await controller.scale(token, 3))).state == "done"
+
+    asyncio.run(go())
+
+
 def test_a_failed_engine_is_replaced_and_one_that_keeps_failing_ends_it(checkpoint: Path) -> None:
     async def go() -> None:
         async with controlled(checkpoint, 1) as (controller, hands, _):

@@ -120,6 +120,7 @@ class ProcessHands:
     def __init__(self, members: Sequence[Member]) -> None:
         self.idle = list(members)
         self.owners: dict[str, OwnerService] = {}
+        self.hung: set[OwnerService] = set()  # owners that give no answer any more
         self.workers: dict[str, Member] = {}
         self.state: bytes | None = None
         self._store: dist.TCPStore | None = None
@@ -138,6 +139,8 @@ class ProcessHands:
                 end_s = time.monotonic() + args[0]
                 while self.owners.get(name) is owner and time.monotonic() < end_s:
                     time.sleep(0.01)
+            while owner in self.hung and self.owners.get(name) is owner:
+                time.sleep(0.01)
             if self.owners.get(name) is not owner:
                 raise InternalError(f"memory owner {name}: its process ended")
             return None if method == "wait" else getattr(owner, method)(*args)

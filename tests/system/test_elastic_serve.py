@@ -169,6 +169,7 @@ KILLS: dict[str, tuple[Victims, int, int]] = {  # whom, how, and generations tha
     "both": (both, signal.SIGKILL, 1),
     "controller": (controllers, signal.SIGKILL, 0),
     "hang": (workers, signal.SIGSTOP, 1),
+    "owner hangs": (owners, signal.SIGSTOP, 0),
 }
 
 

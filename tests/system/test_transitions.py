@@ -195,6 +195,8 @@ def strike(load: Load, kind: str, choose: random.Random) -> None:
         victim.kill()
     if kind == "hang":
         os.kill(victim.process.pid, SIGSTOP)
+    if kind == "owner hangs":
+        hands.hung.add(hands.owners[choose.choice(sorted(hands.owners))])
     if kind in ("owner", "both"):
         hands.owners.pop(choose.choice(sorted(hands.owners)))._owner.close()
 
@@ -217,8 +219,15 @@ def test_requests_do_not_notice_kills(checkpoint: Path, members: list[Member], f
 
 @pytest.mark.parametrize(
     ("kind", "fields"),
-    [("worker", MODES[1]), ("owner", MODES[0]), ("both", MODES[2]), ("hang", MODES[0]), ("worker", MODES[3])],
-    ids=["worker-gloo", "owner-replicas", "both-separate", "hang-replicas", "worker-mixed"],
+    [
+        ("worker", MODES[1]),
+        ("owner", MODES[0]),
+        ("both", MODES[2]),
+        ("hang", MODES[0]),
+        ("owner hangs", MODES[0]),
+        ("worker", MODES[3]),
+    ],
+    ids=["worker-gloo", "owner-replicas", "both-separate", "hang-replicas", "owner hangs-replicas", "worker-mixed"],
 )
 def test_a_kill_at_every_step_of_a_transition(
     checkpoint: Path, members: list[Member], kind: str, fields: dict[str, Any]
