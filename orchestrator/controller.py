@@ -11,7 +11,7 @@ import hmac
 import logging
 import os
 import pickle
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf
@@ -219,10 +219,11 @@ class Controller:
         """
         self._admit(token)
         base, way = await self._plan(lambda now, c: drained(now, device, c))
-        if deadline_s is not None and self._deeds is not None:
+        deadlines = {}
+        if deadline_s is not None:
             until_s = self._hands.now_s() + deadline_s
-            self._deeds.deadlines.update(dict.fromkeys(named_devices(base, device, self._context()), until_s))
-        return await self._ask("drain", f"{device}: {_change(base, way)}", way)
+            deadlines = dict.fromkeys(named_devices(base, device, self._context()), until_s)
+        return await self._ask("drain", f"{device}: {_change(base, way)}", way, deadlines)
 
     async def cancel(self, token: str, op_id: str) -> OperationStatus:
         """Give an operation up before its commit; raises `OperatorError` if that is not possible any more."""
@@ -277,8 +278,10 @@ class Controller:
     def _standbys(self) -> int:
         return sum(member.fact(0.0, inf).idle for member in self._cluster.workers.values())
 
-    async def _ask(self, kind: OperationKind, text: str, way: tuple[Layout, ...]) -> OperationStatus:
-        self._state = request(self._state, kind, text, way, self._hands.now_s())
+    async def _ask(
+        self, kind: OperationKind, text: str, way: tuple[Layout, ...], deadlines: Mapping[str, float] | None = None
+    ) -> OperationStatus:
+        self._state = request(self._state, kind, text, way, self._hands.now_s(), deadlines)
         operation = self._state.operations[-1]
         await self._save()
         self._woken()
@@ -350,7 +353,8 @@ class Controller:
 
     async def _tell(self) -> None:
         """Wake who waits for the state, or the list of members, to change."""
-        listed = member_list(self._state, self._cluster.workers, self._members.version + 1)
+        heirs = self._deeds.heirs if self._deeds is not None else {}
+        listed = member_list(self._state, self._cluster, self._busy, heirs, self._members.version + 1)
         if replace(listed, version=self._members.version) != self._members:
             self._members = listed
         async with self._changed:

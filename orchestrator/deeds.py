@@ -52,15 +52,15 @@ class Deeds:
     cluster : Cluster
     state : callable
         The state that effects are for.
-    deadlines : dict
-        Until when KV may be handed over, by device; then its sequences go on elsewhere without it.
+    heirs : dict
+        Devices that have the KV of others now, which left.
     """
 
     config: DeploymentConfig
     model: ModelFiles
     cluster: Cluster
     state: Callable[[], State]
-    deadlines: dict[str, float] = field(default_factory=dict)
+    heirs: dict[str, str] = field(default_factory=dict)
     wanted_bytes: int = 0
 
     def do(self, effect: Effect) -> Awaitable[None]:
@@ -206,6 +206,7 @@ class Deeds:
                 await pool.handle.relabel(other, taken, key)
 
     async def _hand_over(self, effect: HandOver) -> None:
+        self.heirs.pop(effect.device, None)  # of an earlier time
         members = self.cluster.workers.values()
         leaver = next((m for m in members if m.report.retired and m.report.device == effect.device), None)
         heir = self.cluster.workers.get(effect.heir)
@@ -219,24 +220,27 @@ class Deeds:
         if effect.pool in self.cluster.pools:
             await self._unheld(self._pool(effect.pool).handle.free([kv_key(effect.device)]))
             await self.cluster.refresh(effect.pool)
-        self.deadlines.pop(effect.device, None)
 
     async def _inherit(self, effect: HandOver, heir: Member, pages: tuple[int, ...]) -> str:
-        """The device that has the KV now; empty if it could not be had in time, then it is computed again."""
+        """The device that has the KV now; empty if it could not be had in time, then it is computed again.
+
+        An owner that is lost raises: its successor has the same pages.
+        """
         pool, device = self._pool(effect.pool), heir.report.device
         layout = self._serving().layout
         blocks = layout.kv_blocks(layout.devices.index(device))
         source = KVSource(self._extents(effect.pool, (LEDGER_KEY,)), pool.source, pages)
-        until_s = self.deadlines.get(effect.device)
+        until_s = self.state().deadlines.get(effect.device)
         left_s = None if until_s is None else max(0.0, until_s - self.cluster.hands.now_s())
+        if self._pool_of_device(device) == effect.pool:  # first, so that nobody else can inherit them too
+            await pool.handle.relabel(kv_key(effect.device), pages, kv_key(device))
         try:
-            if self._pool_of_device(device) == effect.pool:  # first, so that nobody else can inherit them too
-                await pool.handle.relabel(kv_key(effect.device), pages, kv_key(device))
             await asyncio.wait_for(heir.handle.adopt_kv(source, blocks), left_s)
         except (ConcertinaError, TimeoutError) as e:
             _log.warning("KV of %s is not handed over to %s: %s", effect.device, device, e or "too late")
             return ""
         heir.report = await heir.handle.report()
+        self.heirs[effect.device] = device
         return device
 
     async def _stop_worker(self, effect: StopWorker) -> None:

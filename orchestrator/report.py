@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..errors import InternalError
+from ..workers.generation import kv_key
 from ..workers.roles import WorkerReport
 from .cluster import Cluster, Member, Pool
+from .core.facts import Effect, HandOver
 from .core.state import Operation, Record, State
 from .status import MemberList, OperationStatus, PoolStatus, WorkerAddress, WorkerStatus
 
@@ -74,8 +76,14 @@ async def _pool_status(name: str, pool: Pool) -> PoolStatus | None:
     return PoolStatus(name, pool.node, pool.config.page_bytes, pool.config.pages, usage, loaded, copied)
 
 
-def member_list(state: State, members: Mapping[str, Member], version: int) -> MemberList:
-    """Workers that take requests: those of the generation, and those that left it and still hold sequences."""
+def member_list(
+    state: State, cluster: Cluster, busy: Iterable[Effect], heirs: Mapping[str, str], version: int
+) -> MemberList:
+    """Workers that take requests: those of the generation, and those that left it and still hold sequences.
+
+    A device that has left without a worker is awaited until its KV has an heir.
+    """
+    members = cluster.workers
     record = state.serving
     if record is None or state.failure:
         return MemberList(version)
@@ -89,7 +97,21 @@ def member_list(state: State, members: Mapping[str, Member], version: int) -> Me
     for worker, member in members.items():
         if worker not in record.workers and member.address is not None and member.report.device:
             listed.append(WorkerAddress(worker, *member.address, member.report.device, draining=True))
-    return MemberList(version, tuple(listed), frozenset(awaited))
+    handed_over = {effect.device for effect in busy if isinstance(effect, HandOver)}
+    left = (_devices_with_kv(cluster) | handed_over) - {address.device for address in listed} - _devices(state)
+    heirs = {device: heir for device, heir in heirs.items() if device not in record.layout.devices}
+    return MemberList(version, tuple(listed), frozenset(awaited) | left, heirs)
+
+
+def _devices_with_kv(cluster: Cluster) -> frozenset[str]:
+    keys = [key for pool in cluster.pools.values() for key in pool.pages]
+    return frozenset(key.removeprefix(kv_key("")) for key in keys if key.startswith(kv_key("")))
+
+
+def _devices(state: State) -> set[str]:
+    """Those of the generation that serves, and of the one that is coming."""
+    records = [state.serving, state.pending.record if state.pending is not None else None]
+    return {device for record in records if record is not None for device in record.layout.devices}
 
 
 def operation_statuses(state: State, phase: str, begin_s: float) -> tuple[OperationStatus, ...]:

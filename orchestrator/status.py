@@ -112,11 +112,16 @@ class WorkerAddress:
 
 @dataclass(frozen=True, slots=True)
 class MemberList:
-    """Who takes requests now; ``awaited`` are devices whose worker is being replaced. Any change is a new version."""
+    """Who takes requests now. Any change is a new version.
+
+    ``awaited`` are devices whose worker is being replaced, and those that lost theirs as they left, until their KV has
+    been handed over; ``heirs`` says which device has the KV of one that left.
+    """
 
     version: int
     workers: tuple[WorkerAddress, ...] = ()
     awaited: frozenset[str] = frozenset()
+    heirs: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

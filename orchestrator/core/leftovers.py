@@ -20,7 +20,7 @@ from .facts import (
     StopOwner,
     StopWorker,
 )
-from .health import kv_sizes, usable
+from .health import kv_sizes, missing_pools, usable
 from .layout import Seat, own_pool
 from .state import Record, State
 
@@ -63,11 +63,14 @@ def _hand_overs(state: State, snapshot: Snapshot) -> Iterator[Effect]:
         for key in sorted(pool_fact.pages):
             if key.startswith(_KV) and key.removeprefix(_KV) not in layout.devices:
                 left[key.removeprefix(_KV)] = pool
+    unseen = any(missing_pools(state.serving, snapshot))  # where there may be more KV
     running = {f.device for f in snapshot.workers.values() if f.serving and not f.failed}
     under_way = {e.device for e in snapshot.busy if isinstance(e, HandOver)}
     for device, pool in sorted(left.items()):
         if device in running - set(layout.devices) or device in under_way:
             continue  # it has not left yet, or what is left of it is on its way
+        if not pool and unseen:
+            continue
         yield HandOver(device, pool, _heir(state.serving, device, pool, snapshot))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from ...errors import OperatorError
@@ -11,12 +12,21 @@ from .state import Operation, OperationKind, Outcome, Stage, State
 _KEPT = 50
 
 
-def request(state: State, kind: OperationKind, text: str, route: tuple[Layout, ...], now_s: float) -> State:
-    """Ask for a layout.
+def request(
+    state: State,
+    kind: OperationKind,
+    text: str,
+    route: tuple[Layout, ...],
+    now_s: float,
+    deadlines: Mapping[str, float] | None = None,
+) -> State:
+    """Ask for a layout; ``deadlines`` as in `State`.
 
     If the operation under way goes there, it is that one. Otherwise it is superseded: before commit its generation is
     withdrawn; after that, the new one follows it. Being there already is a new operation that is done at once.
     """
+    if deadlines:
+        state = replace(state, deadlines={**state.deadlines, **deadlines})
     current = state.operation
     if current is not None and current.goal == route[-1]:
         return state
@@ -54,7 +64,9 @@ def end(state: State, outcome: Outcome, reason: str, now_s: float) -> State:
     if state.operation is None:
         return state
     ended = replace(state.operation, outcome=outcome, reason=reason, ended_s=now_s)
-    return replace(state, operations=(*state.operations[:-1], ended))
+    # One that is superseded may have committed, and its devices still hand over.
+    deadlines = state.deadlines if outcome == "superseded" else {}
+    return replace(state, operations=(*state.operations[:-1], ended), deadlines=deadlines)
 
 
 def committed(state: State, now_s: float) -> State:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
@@ -96,6 +97,8 @@ class State:
     short_lives : int
         Generations in a row that broke as soon as they served.
     served_since_s : float
+    deadlines : mapping of str to float
+        Until when the KV of devices that leave may be handed over; after that it is given up.
     failure : str
         Why nothing goes on any more; empty otherwise.
     """
@@ -110,6 +113,7 @@ class State:
     attempts: int = 0
     short_lives: int = 0
     served_since_s: float = 0.0
+    deadlines: Mapping[str, float] = field(default_factory=dict)
     failure: str = ""
 
     @property

@@ -67,7 +67,7 @@ class ActorMembers:
         members = (
             Member(a.worker, a.host, a.port, self.token, draining=a.draining, device=a.device) for a in listed.workers
         )
-        return Roster(tuple(members), listed.awaited)
+        return Roster(tuple(members), listed.awaited, listed.heirs)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ async def follow(router: Router, source: MemberSource) -> None:
         try:
             async for roster in source():
                 if roster != Roster():
-                    router.update(roster.members, roster.awaited)
+                    router.update(roster.members, roster.awaited, roster.heirs)
                 level = logging.WARNING
         except (OSError, ConcertinaError) as e:
             logger.log(level, "members are not known at the moment: %s", e)

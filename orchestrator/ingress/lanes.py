@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Collection, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import replace
 
 from ...errors import OperatorError
@@ -34,6 +34,7 @@ class Lanes:
         self._ready_s = -math.inf
         self._change = asyncio.Event()
         self.awaited: frozenset[str] = frozenset()
+        self.heirs: Mapping[str, str] = {}
 
     @property
     def all(self) -> Collection[Lane]:
@@ -47,7 +48,7 @@ class Lanes:
         latest_s = max([self._ready_s, *(lane.ready_s for lane in self.all)])
         return bool(self._lanes) and self._now_s() - latest_s < GRACE_S
 
-    def update(self, members: Sequence[Member], awaited: Set[str]) -> None:
+    def update(self, members: Sequence[Member], awaited: Set[str], heirs: Mapping[str, str]) -> None:
         """See `Router.update`."""
         wanted = {member.name: member for member in members}
         if len(wanted) != len(members):
@@ -60,7 +61,7 @@ class Lanes:
                 self._lanes[name].member = member
             else:
                 self._lanes[name] = Lane(member, self._connect, self._notify)
-        self.awaited = frozenset(awaited)
+        self.awaited, self.heirs = frozenset(awaited), heirs
         self._notify()
 
     def open_to(self, avoid: Set[str]) -> list[Lane]:
@@ -88,7 +89,7 @@ class Lanes:
 
     async def close(self) -> None:
         """Close every connection now."""
-        self.update((), frozenset())
+        self.update((), frozenset(), {})
         await asyncio.gather(*(lane.close() for lane in self._closing), *self._closing.values())
 
     def _notify(self) -> None:

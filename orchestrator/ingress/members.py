@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -52,10 +52,11 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Roster:
-    """Who takes requests at one moment; ``awaited`` are devices whose worker is being replaced."""
+    """Who takes requests at one moment; ``awaited`` and ``heirs`` as in `MemberList`."""
 
     members: tuple[Member, ...] = ()
     awaited: frozenset[str] = frozenset()
+    heirs: Mapping[str, str] = field(default_factory=dict)
 
 
 class WorkerClient(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Collection, Sequence, Set
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence, Set
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -66,7 +66,9 @@ class Router:
         """Some worker takes requests, or will in a moment."""
         return self._lanes.ready
 
-    def update(self, members: Sequence[Member], awaited: Set[str] = frozenset()) -> None:
+    def update(
+        self, members: Sequence[Member], awaited: Set[str] = frozenset(), heirs: Mapping[str, str] | None = None
+    ) -> None:
         """Make these the members, from now on; level-triggered, so that repeating it changes nothing.
 
         A member that is new, or has another address, is connected to in the background. Sequences on one that is
@@ -78,13 +80,15 @@ class Router:
         members : sequence of Member
         awaited : set of str
             Devices whose worker is being replaced: their sequences wait for the new one, which has their KV.
+        heirs : mapping of str to str
+            Devices that left, and those that have their KV now: sequences whose worker died as it left go on there.
 
         Raises
         ------
         OperatorError
             Two members share a name; nothing is changed.
         """
-        self._lanes.update(members, awaited)
+        self._lanes.update(members, awaited, heirs or {})
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """Outputs of a sequence up to its end, whatever workers come and go meanwhile.
@@ -129,7 +133,7 @@ class Router:
                 if output.token_ids:
                     way.avoid.discard(lane.member.name)
                 if output.finish_reason == "moved":
-                    self._move(lane, way, output.moved_to)
+                    self._move(lane.member.device, way, output.moved_to)
                 if noted := way.state.note(output):
                     yield noted
         if not way.moved:
@@ -139,13 +143,15 @@ class Router:
             if last := way.state.interrupted(self._now_s()):
                 yield last
 
-    def _move(self, lane: Lane, way: _Way, heir: str) -> None:
+    def _move(self, device: str, way: _Way, heir: str) -> None:
         if heir:
             way.home, way.moved = heir, True
-            self._prefixes.inherit(lane.member.device, heir)
+            self._prefixes.inherit(device, heir)
 
     async def _choose(self, way: _Way) -> Lane:
         while True:
+            if way.home and self._lanes.at(way.home) is None:
+                self._move(way.home, way, self._lanes.heirs.get(way.home, ""))
             hold_s = self._hold_s(way)
             if hold_s <= 0 and (lane := self._pick(way)):
                 return lane

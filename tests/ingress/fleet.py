@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from .toy import ToyWorker, connect_to
 
 DEVICES = ("d0", "d1", "d2")
-Kind = Literal["kill", "notice", "replace", "retire", "release", "forget", "cut", "give up", "park", "go on", "tell"]
+Kind = Literal[
+    "kill", "notice", "replace", "retire", "release", "lose", "forget", "cut", "give up", "park", "go on", "tell"
+]
 KINDS: tuple[Kind, ...] = Kind.__args__  # type: ignore[attr-defined]
 Event = tuple[Kind, str, str, int]
 
@@ -39,6 +41,7 @@ class Fleet:
         self.at: dict[str, ToyWorker] = {}
         self.leaving: dict[str, ToyWorker] = {}
         self.awaited: set[str] = set()
+        self.heirs: dict[str, str] = {}
         for device in DEVICES:
             self._start(device)
         self.router = Router(connect_to(self.workers), 5.0, 10.0)
@@ -47,7 +50,8 @@ class Fleet:
     def tell(self) -> None:
         members = [w.member for w in self.at.values()]
         leaving = [Member(w.name, "toy", 1, draining=True, device=w.device) for w in self.leaving.values()]
-        self.router.update([*members, *leaving], self.awaited)
+        heirs = {device: heir for device, heir in self.heirs.items() if device not in self.at and heir in self.at}
+        self.router.update([*members, *leaving], self.awaited, heirs)
 
     async def suffer(self, happenings: Sequence[Event]) -> None:
         """Let it all happen; in the end every device has a worker and the router knows it."""
@@ -71,6 +75,11 @@ class Fleet:
             if leaver is not None:
                 leaver.hand_over(other if other in self.at else "")
                 del self.leaving[device]
+        elif kind == "lose":
+            if leaver is not None:
+                leaver.kill()
+                del self.leaving[device]
+                self.heirs[device] = other
         elif kind == "tell":
             self.tell()
         elif worker is not None:

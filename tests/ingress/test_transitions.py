@@ -275,6 +275,28 @@ def test_a_device_that_nobody_awaits_any_more() -> None:
     run(main())
 
 
+def test_a_leaver_that_dies_has_an_heir() -> None:
+    """Its sequences wait until another device has its KV, and go on there, although others are free."""
+
+    async def main() -> None:
+        leaver, free, heir = ToyWorker("leaver", die_after=5), ToyWorker("free"), ToyWorker("heir")
+        router = Router(connect_to([leaver, free, heir]), recovery_timeout_s=15)
+        router.update([at("d0", leaver)])
+        task = asyncio.create_task(collect(router, ask()))
+        await until(lambda: leaver.down)
+        both = [at("d1", free), at("d2", heir)]
+        router.update(both, {"d0"})
+        await until(lambda: all(lane.connected for lane in router.lanes))
+        await asyncio.sleep(0.02)
+        assert not free.requests + heir.requests
+        router.update(both, frozenset(), {"d0": "d2"})
+        assert tokens_of(await task) == reference(ask())
+        assert (len(free.requests), len(heir.requests)) == (0, 1)
+        await router.close()
+
+    run(main())
+
+
 def test_waiting_for_a_device_has_an_end() -> None:
     """Then any worker will do."""
 

@@ -345,18 +345,39 @@ def test_kv_that_cannot_be_handed_over_is_let_go(checkpoint: Path) -> None:
     asyncio.run(go())
 
 
+def test_a_restarted_controller_knows_the_deadline(checkpoint: Path) -> None:
+    """The heir never comes to an end; what ends waiting for it is the deadline."""
+
+    async def go() -> None:
+        async with controlled(checkpoint, 2) as (first, hands, token):
+            hands.faults.held.add("adopt_kv")
+            operation = await first.drain(token, "cpu-1", 2.0)
+            await until(lambda: "adopt_kv" in hands.faults.calls)
+            second = await restarted(first, hands)
+            assert (await done(second, token, operation)).state == "done"
+            assert hands.workers[1].released_to == ""
+            await second.stop()
+
+    asyncio.run(go())
+
+
+async def restarted(first: Controller, hands: FakeHands) -> Controller:
+    assert first._loop is not None
+    for task in (first._loop, *first._busy.values()):
+        task.cancel()
+    second = Controller(first._config, hands)
+    await second.resume()
+    await asyncio.wait_for(second.start(), LIMIT_S)
+    return second
+
+
 @pytest.mark.parametrize("moment", ["steady", "growing"])
 def test_a_restarted_controller_goes_on(checkpoint: Path, moment: str) -> None:
     async def go() -> None:
         async with controlled(checkpoint, 2) as (first, hands, token):
             operation = await first.scale(token, 3) if moment == "growing" else None
             await asyncio.sleep(0.02)
-            first._loop.cancel()
-            for task in first._busy.values():
-                task.cancel()
-            second = Controller(first._config, hands)
-            await second.resume()
-            await asyncio.wait_for(second.start(), LIMIT_S)
+            second = await restarted(first, hands)
             if operation is not None:
                 assert (await done(second, token, operation)).state == "done"
             await until(lambda: len(second._members.workers) == (3 if operation else 2))

@@ -48,6 +48,18 @@ def test_the_same_request_is_the_same_operation(schedule: Schedule) -> None:
     assert request(once, "scale", "again", schedule.layouts[9:10], 9.0) is once
 
 
+def test_deadlines_last_as_long_as_devices_leave(schedule: Schedule) -> None:
+    """Another one may follow after the commit; whoever is at rest has none."""
+    state, now_s = schedule.state, schedule.world.now_s
+    drained = request(state, "drain", "cpu-1", schedule.layouts[9:10], now_s, {"cpu-1": 60.0})
+    again = request(drained, "drain", "cpu-1", schedule.layouts[9:10], now_s, {"cpu-1": 50.0})
+    followed = request(again, "scale", "2 workers", schedule.layouts[8:9], now_s)
+    assert [s.deadlines for s in (drained, again, followed)] == [{"cpu-1": 60.0}, {"cpu-1": 50.0}, {"cpu-1": 50.0}]
+    schedule.state = followed
+    schedule.settle()
+    assert schedule.state.deadlines == {}
+
+
 def test_being_there_already_is_done_at_once(schedule: Schedule) -> None:
     schedule.ask("scale", schedule.layouts[:1])
     assert last(schedule) == ("done", "nothing to do")

@@ -32,7 +32,7 @@ class Resumed:
     cached: int
 
 
-class _Noting:
+class Noting:
     """A connection that notes which sequences went on there."""
 
     def __init__(self, client: WorkerClient, device: str, note: Callable[[Resumed], None]) -> None:
@@ -116,7 +116,7 @@ class Streams:
         self.silent_s = 0.0
 
     async def _connect(self, member: Member) -> WorkerClient:
-        return _Noting(await connect_worker(member), member.device, self.resumed.append)
+        return Noting(await connect_worker(member), member.device, self.resumed.append)
 
     async def _answer(self, k: int) -> list[int]:
         sampling = SamplingParams(TOKENS, temperature=0.0, ignore_eos=True)

@@ -28,6 +28,7 @@ from concertina.workers.protocol import EngineRequest, SamplingParams
 
 from ..checkpoints import make_checkpoint
 from .crew import Deployment, Member, ProcessHands, deployed
+from .streams import Noting, Resumed
 
 pytestmark = pytest.mark.ray  # several processes
 PROMPTS = [tuple((7 * k + i) % 250 for i in range(20 + 9 * k)) for k in range(6)]
@@ -62,10 +63,17 @@ class Load:
 
     deployment: Deployment
     token: str
-    router: Router = field(default_factory=lambda: Router(connect_worker))
+    router: Router = field(init=False)
+    resumed: list[Resumed] = field(default_factory=list)
     reference: dict[int, list[int]] = field(default_factory=dict)
     finished: int = 0
     streaming: bool = True
+
+    def __post_init__(self) -> None:
+        self.router = Router(self.connect)
+
+    async def connect(self, member: IngressMember) -> Noting:
+        return Noting(await connect_worker(member), member.device, self.resumed.append)
 
     async def follow(self) -> None:
         seen = -1
@@ -75,7 +83,7 @@ class Load:
             known = [
                 IngressMember(a.worker, a.host, a.port, self.token, 1.0, a.draining, a.device) for a in listed.workers
             ]
-            self.router.update(known, listed.awaited)
+            self.router.update(known, listed.awaited, listed.heirs)
 
     async def answer(self, k: int) -> list[int]:
         request = EngineRequest(f"r{k}", PROMPTS[k], SamplingParams(TOKENS, temperature=0.0, ignore_eos=True))
@@ -252,6 +260,32 @@ def test_a_kill_at_every_step_of_a_transition(
                 struck()
                 await settled(load, size)
                 await cleared(load, size)
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("fields", [MODES[0], MODES[2]], ids=str)
+def test_a_leaver_that_dies_before_its_hand_over_leaves_its_kv(
+    checkpoint: Path, members: list[Member], fields: dict[str, Any]
+) -> None:
+    async def go() -> None:
+        async with under_load(members, checkpoint, **{**fields, "workers": 3}) as load:
+            controller, hands = load.deployment.controller, load.deployment.hands
+
+            def kill_the_leaver() -> None:
+                (leaver,) = [m.name for m in controller._cluster.workers.values() if m.report.retired]
+                hands.workers[leaver].kill()
+
+            await settled(load, 3)
+            struck = strike_at(load, HandOver, kill_the_leaver)
+            operation = await controller.scale(load.token, 2)
+            ended = await controller.operation(load.token, operation.id, LIMIT_S)
+            assert ended.state == "done", ended
+            struck()
+            await until(lambda: load.resumed)
+            for sequence in load.resumed:
+                assert sequence.cached == sequence.tokens - 1, sequence  # the last one says what comes next
+            await cleared(load, 2)
 
     asyncio.run(go())
 
