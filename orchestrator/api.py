@@ -67,12 +67,17 @@ class Deployment:
         return self._started(wait, "rebalance")
 
     def drain(self, device: str, deadline_s: float | None = None, *, wait: bool = False) -> OperationStatus:
-        """Empty a device, or all devices of a node, and let its worker go.
+        """Empty a device, or all devices of a node, and let its worker go. A node gets no new ones, until `undrain`.
 
         Its requests go on elsewhere and lose no token. KV cache that is not handed over after ``deadline_s`` seconds
         is given up, and computed again there; None lets the hand-over take its time.
         """
         return self._started(wait, "drain", device, deadline_s)
+
+    def undrain(self, node: str) -> str:
+        """Let a drained node take workers again; its id."""
+        found: str = self._call("undrain", self._token(), node)
+        return found
 
     def cancel(self, operation: str) -> OperationStatus:
         """Withdraw an operation that has not been committed; it leaves no trace."""

@@ -11,7 +11,7 @@ import hmac
 import logging
 import os
 import pickle
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf
@@ -24,16 +24,16 @@ from .config import DeploymentConfig
 from .core.facts import Effect, Fault, PoolFact, WorkerFact
 from .core.layout import Layout, node_of_pool
 from .core.operations import cancel, request
-from .core.state import Operation, OperationKind, Stage, State
+from .core.state import Leaving, Operation, OperationKind, Stage, State
 from .core.step import step
 from .deeds import Deeds, fault_is_lasting
 from .hands import Hands
 from .placing import Site
 from .planfiles import model_spec
-from .planning import Context, plan_layout
+from .planning import Context, nodes_called, plan_layout
 from .preview import Preview, preview
 from .report import member_list, operation_status, operation_statuses, pool_statuses, worker_statuses
-from .resize import drained, named_devices, rebalanced, resized, route
+from .resize import drained, named_devices, named_node, rebalanced, resized, route
 from .status import DeploymentStatus, MemberList, OperationStatus, Progress
 
 _log = logging.getLogger(__name__)
@@ -185,6 +185,7 @@ class Controller:
             pools=await pool_statuses(self._cluster),
             standbys=self._standbys(),
             operations=operation_statuses(self._state, self._reason, self._begin_s),
+            cordoned=tuple(sorted(self._state.cordoned & set(self._cluster.nodes))),
             detail=self._state.failure,
         )
 
@@ -213,17 +214,31 @@ class Controller:
         return await self._ask("rebalance", "for the measured loads", (await self._plan(rebalanced))[1])
 
     async def drain(self, token: str, device: str, deadline_s: float | None = None) -> OperationStatus:
-        """Take a device, or all of a node, out; raises like `scale`.
+        """Take a device, or all of a node, out; raises like `scale`. A node gets no new devices then, until `undrain`.
 
         KV that is not handed over after ``deadline_s`` seconds is given up, and computed again elsewhere.
         """
         self._admit(token)
         base, way = await self._plan(lambda now, c: drained(now, device, c))
-        deadlines = {}
+        deadlines: dict[str, float] = {}
         if deadline_s is not None:
             until_s = self._hands.now_s() + deadline_s
             deadlines = dict.fromkeys(named_devices(base, device, self._context()), until_s)
-        return await self._ask("drain", f"{device}: {_change(base, way)}", way, deadlines)
+        leaving = Leaving(deadlines, named_node(base, device, self._context()))
+        return await self._ask("drain", f"{device}: {_change(base, way)}", way, leaving)
+
+    async def undrain(self, token: str, name: str) -> str:
+        """Let a drained node take devices again; its id. Raises `OperatorError`: no such node, or a wrong token."""
+        self._admit(token)
+        nodes = self._cluster.nodes
+        hosts = {node: nodes[node].host if node in nodes else "" for node in sorted(self._state.cordoned)}
+        found = nodes_called(name, hosts)
+        if len(found) != 1:
+            several = f"{len(found)} drained nodes are" if found else "no drained node is"
+            raise OperatorError(f"undrain: {several} called {name!r}; drained: {', '.join(hosts) or 'none'}")
+        self._state = replace(self._state, cordoned=self._state.cordoned - {found[0]})
+        await self._save()
+        return found[0]
 
     async def cancel(self, token: str, op_id: str) -> OperationStatus:
         """Give an operation up before its commit; raises `OperatorError` if that is not possible any more."""
@@ -279,9 +294,9 @@ class Controller:
         return sum(member.fact(0.0, inf).idle for member in self._cluster.workers.values())
 
     async def _ask(
-        self, kind: OperationKind, text: str, way: tuple[Layout, ...], deadlines: Mapping[str, float] | None = None
+        self, kind: OperationKind, text: str, way: tuple[Layout, ...], leaving: Leaving | None = None
     ) -> OperationStatus:
-        self._state = request(self._state, kind, text, way, self._hands.now_s(), deadlines)
+        self._state = request(self._state, kind, text, way, self._hands.now_s(), leaving)
         operation = self._state.operations[-1]
         await self._save()
         self._woken()
@@ -303,7 +318,8 @@ class Controller:
         assert self._deeds is not None
         nodes = list(self._cluster.nodes.values())
         measured = self._balancer.loads if self._balancer is not None else None
-        return Context.of(self._config, self._deeds.model, nodes, self._hands.now_s, measured)
+        context = Context.of(self._config, self._deeds.model, nodes, self._hands.now_s, measured)
+        return replace(context, cordoned=self._state.cordoned)
 
     async def _open(self) -> ModelFiles:
         await self._cluster.look_at_nodes()

@@ -64,6 +64,9 @@ class ControllerService:
     async def drain(self, token: str, device: str, deadline_s: float | None = None) -> OperationStatus:
         return await (await self._ready()).drain(token, device, deadline_s)
 
+    async def undrain(self, token: str, node: str) -> str:
+        return await (await self._ready()).undrain(token, node)
+
     async def cancel(self, token: str, op_id: str) -> OperationStatus:
         return await (await self._ready()).cancel(token, op_id)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -18,7 +18,7 @@ from ..workers.kv.ledger import record_bytes
 from ..workers.model_files import ModelFiles
 from ..workers.pages.sizing import choose_page_bytes, pages_for
 from .config import DeploymentConfig
-from .core.inventory import ALIKE, Entry, Inventory
+from .core.inventory import Entry
 from .core.layout import Layout, Seat
 from .hands import NodeInfo
 from .placing import Site, even_loads, first_placement
@@ -62,6 +62,8 @@ class Context:
         What every expert is asked for.
     now : callable
         Seconds; limits the planners.
+    cordoned : frozenset of str
+        Nodes that take no new devices.
     """
 
     config: DeploymentConfig
@@ -71,6 +73,7 @@ class Context:
     nodes: tuple[NodeInfo, ...]
     loads: Loads
     now: Clock
+    cordoned: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -122,9 +125,10 @@ def next_node(nodes: Sequence[NodeInfo], taken: Counter[str]) -> str:
     return max(nodes, key=lambda n: (n.cpus / (taken[n.id] + 1), n.available_bytes)).id
 
 
-def is_called(node: NodeInfo, name: str) -> bool:
-    """Whether ``name`` is the node's id, at least four characters of its beginning, or its address."""
-    return name in (node.id, node.host) or (len(name) >= _LEAST_NODE_PREFIX and node.id.startswith(name))
+def nodes_called(name: str, hosts: Mapping[str, str]) -> list[str]:
+    """Those of the nodes, given with their addresses, that a name may stand for."""
+    long_enough = len(name) >= _LEAST_NODE_PREFIX
+    return [n for n, host in hosts.items() if name in (n, host) or (long_enough and n.startswith(name))]
 
 
 def node_for(entry: Entry, nodes: Sequence[NodeInfo], taken: Counter[str]) -> str:
@@ -137,43 +141,56 @@ def node_for(entry: Entry, nodes: Sequence[NodeInfo], taken: Counter[str]) -> st
     """
     if not entry.node:
         return next_node(nodes, taken)
-    found = next((node.id for node in nodes if is_called(node, entry.node)), None)
-    if found is None:
+    found = nodes_called(entry.node, {node.id: node.host for node in nodes})
+    if len(found) != 1:
         there = ", ".join(f"{node.id} ({node.host})" for node in nodes) or "none"
-        raise OperatorError(f"cluster: device {entry.device}: its node {entry.node!r} is not alive; alive: {there}")
-    return found
+        problem = "is not alive" if not found else "may be one of several"
+        raise OperatorError(f"cluster: device {entry.device}: its node {entry.node!r} {problem}; alive: {there}")
+    return found[0]
 
 
-def further_seats(seats: Sequence[Seat], workers: int, inventory: Inventory, nodes: Sequence[NodeInfo]) -> list[Seat]:
-    """New seats beside the old ones for so many workers in all, in the inventory's order.
+def further_seats(
+    seats: Sequence[Seat], workers: int, context: Context, taken: Collection[str] = ()
+) -> tuple[Seat, ...]:
+    """New seats beside the old ones for so many workers in all, in the inventory's order, on no cordoned node.
+
+    ``taken`` are names that may not be used either.
 
     Raises
     ------
     OperatorError
-        There are not so many devices, or one's node is not alive.
+        There are not so many devices, one's node is not alive, or every node is cordoned.
     """
-    taken = Counter(seat.node for seat in seats)
-    entries = list(islice(inventory.free({seat.device for seat in seats}), workers - len(seats)))
+    shut = {node.id: node.host for node in context.nodes if node.id in context.cordoned}
+    nodes = [node for node in context.nodes if node.id not in shut]
+    if not nodes and shut:
+        raise OperatorError(
+            f"workers: {workers}; every node is drained ({', '.join(sorted(shut))}); "
+            "concertina undrain lets one take workers again"
+        )
+    inventory = context.config.inventory
+    free = inventory.free({*taken, *(seat.device for seat in seats)})
+    entries = list(islice((e for e in free if not (e.node and nodes_called(e.node, shut))), workers - len(seats)))
     if len(seats) + len(entries) < workers:
-        raise OperatorError(f"workers: {workers}; the cluster file lists {len(inventory.entries)} devices")
+        drained = "; some of them are on drained nodes" if shut else ""
+        raise OperatorError(f"workers: {workers}; the cluster file lists {len(inventory.entries)} devices{drained}")
+    held = Counter(seat.node for seat in seats)
     added = []
     for entry in entries:
-        node = node_for(entry, nodes, taken)
-        taken[node] += 1
+        node = node_for(entry, nodes, held)
+        held[node] += 1
         added.append(Seat(entry.device, node, entry.kind))
-    return added
+    return tuple(added)
 
 
-def seat_workers(nodes: Sequence[NodeInfo], workers: int, inventory: Inventory = ALIKE) -> tuple[Seat, ...]:
-    """Spread workers over nodes in proportion to cores, the next one where most cores per worker are left.
+def first_seats(context: Context) -> tuple[Seat, ...]:
+    """Those of a deployment that starts; raises as `further_seats` does."""
+    config = context.config
+    return further_seats((), config.workers, context) if config.fleet else seat_workers(context.nodes, config.workers)
 
-    Raises
-    ------
-    OperatorError
-        See `further_seats`.
-    """
-    if inventory.entries:
-        return tuple(further_seats((), workers, inventory, nodes))
+
+def seat_workers(nodes: Sequence[NodeInfo], workers: int) -> tuple[Seat, ...]:
+    """Spread workers over nodes in proportion to cores, the next one where most cores per worker are left."""
     taken: Counter[str] = Counter()
     for _ in range(workers):
         taken[next_node(nodes, taken)] += 1
@@ -256,8 +273,8 @@ def plan_layout(config: DeploymentConfig, model: ModelFiles, nodes: Sequence[Nod
     OperatorError
         It does not fit, or the placement file is not for this model.
     """
-    seats = seat_workers(nodes, config.workers, config.inventory)
     context = Context.of(config, model, nodes, now)
+    seats = first_seats(context)
     if config.placement_file is not None:
         placement = fitting_placement(config.placement_file, seats, model)
     else:

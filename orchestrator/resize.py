@@ -19,8 +19,7 @@ from ..planners.placement import Placement, Replica
 from ..planners.replan import ReplanRules, replan
 from ..planners.solution import Infeasible, StoppingRule
 from .core.layout import Layout, Seat, node_pool
-from .hands import NodeInfo
-from .planning import Context, device_memory, exchange_kind, exchange_pages, further_seats, is_called
+from .planning import Context, device_memory, exchange_kind, exchange_pages, further_seats, nodes_called
 from .room import check_nodes
 
 _TIME_LIMIT_S = 0.05  # the operator waits for it, and what serves shares the cores; the balancer improves on it later
@@ -30,6 +29,8 @@ _MOST_PER_CORE = 16  # more could only be a slip, and planning for them would ta
 def resized(current: Layout, workers: int, context: Context) -> Layout:
     """The layout for so many workers that is near ``current``; ``current`` itself if it has as many.
 
+    None of them is on a cordoned node.
+
     Raises
     ------
     OperatorError
@@ -37,13 +38,14 @@ def resized(current: Layout, workers: int, context: Context) -> Layout:
     """
     if workers < 1:
         raise OperatorError(f"workers: {workers}; expected at least 1")
-    if workers == len(current.seats):
+    staying = tuple(seat for seat in current.seats if seat.node not in context.cordoned)
+    if workers == len(current.seats) == len(staying):
         return current
     cpus = sum(node.cpus for node in context.nodes)
     if workers > _MOST_PER_CORE * cpus:
         raise OperatorError(f"workers: {workers}; expected at most {_MOST_PER_CORE * cpus}, {_MOST_PER_CORE} per core")
-    grown = workers > len(current.seats)
-    seats = _added(current.seats, workers, context) if grown else _removed(current.seats, workers, context)
+    grown = workers > len(staying)
+    seats = _added(staying, workers, current, context) if grown else _removed(staying, workers, context)
     return _moved(current, seats, context)
 
 
@@ -61,6 +63,8 @@ def drained(current: Layout, name: str, context: Context) -> Layout:
         Nothing has that name, nothing would be left, or what is left cannot hold the model.
     """
     leaving = named_devices(current, name, context)
+    if not leaving:
+        return current
     seats = tuple(seat for seat in current.seats if seat.device not in leaving)
     if not seats:
         more = len(current.seats) + 1
@@ -86,7 +90,13 @@ def rebalanced(current: Layout, context: Context) -> Layout:
 
 
 def named_devices(current: Layout, name: str, context: Context) -> frozenset[str]:
-    """The devices that a device's or node's name stands for.
+    """The devices that a device's or node's name stands for; raises as `named_node` does."""
+    node = named_node(current, name, context)
+    return frozenset(seat.device for seat in current.seats if seat.node == node) if node else frozenset({name})
+
+
+def named_node(current: Layout, name: str, context: Context) -> str:
+    """The node that a name stands for; empty if it is a device's.
 
     Raises
     ------
@@ -94,20 +104,20 @@ def named_devices(current: Layout, name: str, context: Context) -> frozenset[str
         None or several; lists what there is.
     """
     if name in current.devices:
-        return frozenset({name})
-    hosts = {node.id: node for node in context.nodes}
-    nodes = [n for n in current.nodes if is_called(hosts.get(n, NodeInfo(n, n, 1, 0)), name)]
+        return ""
+    hosts = {**dict.fromkeys(current.nodes, ""), **{node.id: node.host for node in context.nodes}}
+    nodes = nodes_called(name, hosts)
     if len(nodes) == 1:
-        return frozenset(seat.device for seat in current.seats if seat.node == nodes[0])
+        return nodes[0]
     found = f"{len(nodes)} nodes are" if nodes else "no device or node is"
     raise OperatorError(
-        f"drain: {found} called {name!r}; devices: {', '.join(current.devices)}; nodes: {', '.join(current.nodes)}"
+        f"drain: {found} called {name!r}; devices: {', '.join(current.devices)}; nodes: {', '.join(hosts)}"
     )
 
 
-def _added(seats: tuple[Seat, ...], workers: int, context: Context) -> tuple[Seat, ...]:
+def _added(staying: tuple[Seat, ...], workers: int, current: Layout, context: Context) -> tuple[Seat, ...]:
     """New seats behind the old ones, as `further_seats` finds them."""
-    return (*seats, *further_seats(seats, workers, context.config.inventory, context.nodes))
+    return (*staying, *further_seats(staying, workers, context, taken=current.devices))
 
 
 def _removed(seats: tuple[Seat, ...], workers: int, context: Context) -> tuple[Seat, ...]:

@@ -77,7 +77,10 @@ class OperationStatus:
 
 @dataclass(frozen=True, slots=True)
 class DeploymentStatus:
-    """One consistent picture of a deployment. ``operations`` are the latest ones, oldest first."""
+    """One consistent picture of a deployment.
+
+    ``operations`` are the latest ones, oldest first; ``cordoned`` are nodes that were drained and get no workers.
+    """
 
     name: str
     model: str
@@ -93,6 +96,7 @@ class DeploymentStatus:
     pools: tuple[PoolStatus, ...] = ()
     standbys: int = 0
     operations: tuple[OperationStatus, ...] = ()
+    cordoned: tuple[str, ...] = ()
     detail: str = field(default="")
 
     def to_dict(self) -> dict[str, Any]:

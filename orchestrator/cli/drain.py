@@ -15,6 +15,7 @@ def command(target: Target, device: str, deadline_s: float | None) -> None:
     """Empty DEVICE (such as cpu-1), or all devices of a node, and let its worker go.
 
     Its requests go on elsewhere and lose no token. What is not handed over by the deadline is computed again there.
+    A node gets no workers any more, until concertina undrain.
     """
     deployment = target.deployment()
     follow(target, deployment, deployment.drain(device, deadline_s))

@@ -15,6 +15,7 @@ COMMANDS = {
     "status": "Show devices, pages by purpose, experts per worker and load.",
     "scale": "Scale to a number of workers, while requests stream.",
     "drain": "Empty a device or a node and let its workers go.",
+    "undrain": "Let a drained node take workers again.",
     "rebalance": "Move experts to where the measured loads want them.",
     "cancel": "Withdraw an operation before it is committed.",
     "operations": "List what was asked for and what became of it.",

@@ -34,6 +34,8 @@ class StatusView:
         )
         if status.standbys:
             head.append(f"  standbys {status.standbys}")
+        if status.cordoned:
+            head.append(f"\ndrained nodes, which get no workers: {', '.join(node[:8] for node in status.cordoned)}")
         if status.detail:
             head.append(f"\n{status.detail}", style="red")
         _append_operation(head, status.operations)

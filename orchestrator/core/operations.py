@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from ...errors import OperatorError
 from .layout import Layout
-from .state import Operation, OperationKind, Outcome, Stage, State
+from .state import Leaving, Operation, OperationKind, Outcome, Stage, State
 
 _KEPT = 50
 
@@ -18,21 +17,24 @@ def request(
     text: str,
     route: tuple[Layout, ...],
     now_s: float,
-    deadlines: Mapping[str, float] | None = None,
+    leaving: Leaving | None = None,
 ) -> State:
-    """Ask for a layout; ``deadlines`` as in `State`.
+    """Ask for a layout.
 
     If the operation under way goes there, it is that one. Otherwise it is superseded: before commit its generation is
     withdrawn; after that, the new one follows it. Being there already is a new operation that is done at once.
     """
-    if deadlines:
-        state = replace(state, deadlines={**state.deadlines, **deadlines})
+    cordons = ""
+    if leaving is not None:
+        cordons = leaving.node if leaving.node not in state.cordoned else ""
+        deadlines, cordoned = {**state.deadlines, **leaving.deadlines}, state.cordoned | ({cordons} - {""})
+        state = replace(state, deadlines=deadlines, cordoned=cordoned)
     current = state.operation
     if current is not None and current.goal == route[-1]:
         return state
     if current is not None:
         state = _drop(state, "superseded", f"by {kind} {text}", now_s)
-    operation = Operation(f"op-{state.next_operation}", kind, text, route, now_s)
+    operation = Operation(f"op-{state.next_operation}", kind, text, route, now_s, cordons=cordons)
     if state.pending is None and state.serving is not None and state.serving.layout == route[-1]:
         operation = replace(operation, outcome="done", reason="nothing to do", committed_s=now_s, ended_s=now_s)
     operations = (*state.operations, operation)[-_KEPT:]
@@ -56,6 +58,7 @@ def cancel(state: State, operation_id: str, now_s: float) -> State:
         raise OperatorError(f"operation: {operation_id} has ended already ({found.outcome})")
     if current.committed_s or (state.pending is not None and state.pending.stage is Stage.COMMIT):
         raise OperatorError(f"operation: {operation_id} is being committed; ask for another size instead")
+    state = replace(state, cordoned=state.cordoned - {current.cordons})
     return _drop(state, "canceled", "as asked", now_s)
 
 

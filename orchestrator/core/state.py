@@ -61,10 +61,19 @@ class Pending:
 
 
 @dataclass(frozen=True, slots=True)
+class Leaving:
+    """What a drain asks for beside a layout: until when devices hand over, and the node that takes no new ones."""
+
+    deadlines: Mapping[str, float] = field(default_factory=dict)
+    node: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Operation:
     """What was asked for, and what became of it. Times are the shell's, in seconds; 0 is not yet.
 
-    ``route`` are layouts to go through, one generation each; the last one is the goal.
+    ``route`` are layouts to go through, one generation each; the last one is the goal. ``cordons`` is the node that it
+    keeps new devices from, if it is the first to do so.
     """
 
     id: str
@@ -76,6 +85,7 @@ class Operation:
     reason: str = ""
     committed_s: float = 0.0
     ended_s: float = 0.0
+    cordons: str = ""
 
     @property
     def goal(self) -> Layout:
@@ -99,6 +109,8 @@ class State:
     served_since_s : float
     deadlines : mapping of str to float
         Until when the KV of devices that leave may be handed over; after that it is given up.
+    cordoned : frozenset of str
+        Nodes that were drained: no device is placed there any more.
     failure : str
         Why nothing goes on any more; empty otherwise.
     """
@@ -114,6 +126,7 @@ class State:
     short_lives: int = 0
     served_since_s: float = 0.0
     deadlines: Mapping[str, float] = field(default_factory=dict)
+    cordoned: frozenset[str] = frozenset()
     failure: str = ""
 
     @property

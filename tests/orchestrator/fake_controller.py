@@ -55,6 +55,10 @@ class FakeController:
         self.note("drain", token, device, deadline_s)
         return self.first
 
+    def undrain(self, token: str, node: str) -> str:
+        self.note("undrain", token, node)
+        return node
+
     def cancel(self, token: str, operation: str) -> OperationStatus:
         self.note("cancel", token, operation)
         return self.first

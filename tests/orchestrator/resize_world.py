@@ -8,7 +8,7 @@ from concertina.orchestrator.config import DeploymentConfig, EngineOptions
 from concertina.orchestrator.core.layout import Layout
 from concertina.orchestrator.hands import NodeInfo
 from concertina.orchestrator.placing import even_loads, first_placement
-from concertina.orchestrator.planning import Context, first_layout, seat_workers
+from concertina.orchestrator.planning import Context, first_layout, further_seats, seat_workers
 from concertina.orchestrator.sizing import ModelSizes
 from concertina.planners.model import ModelSpec
 
@@ -40,5 +40,5 @@ def context(*nodes: NodeInfo, layers: int = 2, experts: int = 8, length_blocks: 
 
 def layout_of(context: Context, workers: int) -> Layout:
     """What a deployment starts with."""
-    seats = seat_workers(context.nodes, workers, context.config.inventory)
+    seats = further_seats((), workers, context) if context.config.fleet else seat_workers(context.nodes, workers)
     return first_layout(context, seats, first_placement(context.site(seats), context.loads, context.now))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -121,7 +122,7 @@ def test_a_newer_target_supersedes_and_cancel_undoes(checkpoint: Path) -> None:
     asyncio.run(go())
 
 
-@pytest.mark.parametrize("call", ["scale", "rebalance", "drain", "cancel", "operation"])
+@pytest.mark.parametrize("call", ["scale", "rebalance", "drain", "undrain", "cancel", "operation"])
 def test_without_the_token_nothing_is_done(checkpoint: Path, call: str) -> None:
     async def go() -> None:
         async with controlled(checkpoint, 2) as (controller, _, _):
@@ -341,6 +342,29 @@ def test_kv_that_cannot_be_handed_over_is_let_go(checkpoint: Path) -> None:
             ended = await done(controller, token, await controller.drain(token, "cpu-1", 5.0))
             assert ended.state == "done"
             assert hands.workers[1].released_to == ""
+
+    asyncio.run(go())
+
+
+def test_a_drained_node_gets_no_workers_until_it_is_undrained(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 2, HERE, THERE, device_memory_bytes=16 << 20) as (controller, hands, token):
+
+            async def nodes() -> set[str]:
+                return {worker.node for worker in (await controller.status()).workers}
+
+            assert await nodes() == {"here", "there"}
+            await done(controller, token, await controller.drain(token, "there"))
+            assert pickle.loads(hands.state).cordoned == {"there"}
+            assert (await controller.status()).cordoned == ("there",)
+            await done(controller, token, await controller.scale(token, 3))
+            assert await nodes() == {"here"}
+            with pytest.raises(OperatorError, match=r"no drained node is called 'here'; drained: there"):
+                await controller.undrain(token, "here")
+            assert await controller.undrain(token, "ther") == "there"
+            assert (await controller.status()).cordoned == ()
+            await done(controller, token, await controller.scale(token, 5))
+            assert await nodes() == {"here", "there"}
 
     asyncio.run(go())
 

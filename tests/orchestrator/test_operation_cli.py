@@ -136,6 +136,13 @@ def test_operations_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [o["id"] for o in json.loads(run("operations", "--json").stdout)] == ["op-0", "op-1"]
 
 
+def test_undrain_names_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller = install(monkeypatch, FakeController())
+    assert run("undrain", "node-b").stdout == "node node-b takes workers again\n"
+    assert json.loads(run("undrain", "node-b", "--json").stdout) == {"node": "node-b"}
+    assert controller.asked == [("undrain", "node-b")] * 2
+
+
 def test_a_cancel_that_came_too_late_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FakeController(DONE))
     done = run("cancel", "op-1")
@@ -149,6 +156,7 @@ def test_a_cancel_that_came_too_late_is_an_error(monkeypatch: pytest.MonkeyPatch
         ("scale --workers 0", "--workers"),
         ("scale --workers many", "--workers"),
         ("drain", "Missing argument 'DEVICE'"),
+        ("undrain", "Missing argument 'NODE'"),
         ("drain cpu-1 --deadline soon", "'soon' is not a duration"),
         ("drain cpu-1 --deadline -5s", "--deadline"),
         ("cancel", "Missing argument 'OPERATION'"),
@@ -161,7 +169,7 @@ def test_wrong_usage_ends_with_status_2(arguments: str, says: str) -> None:
     assert says in done.output
 
 
-@pytest.mark.parametrize("command", ["scale --workers 3", "rebalance", "drain cpu-1", "cancel op-1"])
+@pytest.mark.parametrize("command", ["scale --workers 3", "rebalance", "drain cpu-1", "undrain node-b", "cancel op-1"])
 def test_tokens_and_names_are_checked(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     controller = install(monkeypatch, FakeController())
     assert "not this deployment's" in str(run(*command.split(), "--token", "x" * 20).exception)

@@ -7,7 +7,7 @@ from concertina.errors import OperatorError
 from concertina.orchestrator.core.facts import Fault, Fill, Prepare
 from concertina.orchestrator.core.layout import Layout
 from concertina.orchestrator.core.operations import cancel, request
-from concertina.orchestrator.core.state import Stage, State
+from concertina.orchestrator.core.state import Leaving, Stage, State
 
 from .core_rest import check_rest
 from .core_schedule import Schedule
@@ -51,13 +51,27 @@ def test_the_same_request_is_the_same_operation(schedule: Schedule) -> None:
 def test_deadlines_last_as_long_as_devices_leave(schedule: Schedule) -> None:
     """Another one may follow after the commit; whoever is at rest has none."""
     state, now_s = schedule.state, schedule.world.now_s
-    drained = request(state, "drain", "cpu-1", schedule.layouts[9:10], now_s, {"cpu-1": 60.0})
-    again = request(drained, "drain", "cpu-1", schedule.layouts[9:10], now_s, {"cpu-1": 50.0})
+    drained = request(state, "drain", "cpu-1", schedule.layouts[9:10], now_s, Leaving({"cpu-1": 60.0}))
+    again = request(drained, "drain", "cpu-1", schedule.layouts[9:10], now_s, Leaving({"cpu-1": 50.0}))
     followed = request(again, "scale", "2 workers", schedule.layouts[8:9], now_s)
     assert [s.deadlines for s in (drained, again, followed)] == [{"cpu-1": 60.0}, {"cpu-1": 50.0}, {"cpu-1": 50.0}]
     schedule.state = followed
     schedule.settle()
     assert schedule.state.deadlines == {}
+
+
+def test_a_drained_node_stays_cordoned_unless_its_drain_is_canceled(schedule: Schedule) -> None:
+    state, now_s = schedule.state, schedule.world.now_s
+    drained = request(state, "drain", "b", schedule.layouts[9:10], now_s, Leaving(node="b"))
+    assert drained.cordoned == {"b"}
+    assert cancel(drained, drained.operations[-1].id, now_s).cordoned == set()
+    followed = request(drained, "scale", "2 workers", schedule.layouts[8:9], now_s)
+    assert cancel(followed, followed.operations[-1].id, now_s).cordoned == {"b"}
+    again = request(followed, "drain", "b", schedule.layouts[9:10], now_s, Leaving(node="b"))
+    assert cancel(again, again.operations[-1].id, now_s).cordoned == {"b"}
+    schedule.state = followed
+    schedule.settle()
+    assert schedule.state.cordoned == {"b"}
 
 
 def test_being_there_already_is_done_at_once(schedule: Schedule) -> None:

@@ -295,3 +295,18 @@ def test_one_pool_of_a_node_always_goes_at_once() -> None:
     current = layout_of(planned_for, 2)
     target = resized(current, 4, planned_for)
     assert route(current, target, planned_for) == (target,)
+
+
+def test_drained_nodes_get_no_devices_and_keep_none() -> None:
+    """A device that moves to another node is another device: its name is not used while the old one is there."""
+    nodes = [NodeInfo(f"node-{name}", "127.0.0.1", 2, 64 * MIB) for name in "ab"]
+    planned_for = context(*nodes)
+    current = layout_of(planned_for, 3)
+    assert set(current.nodes) == {"node-a", "node-b"}
+    cordoned = replace(planned_for, cordoned=frozenset({"node-b"}))
+    moved = resized(current, 3, cordoned)
+    assert moved.nodes == ("node-a",)
+    assert not {seat.device for seat in moved.seats} & {s.device for s in current.seats if s.node == "node-b"}
+    assert drained(drained(current, "node-b", planned_for), "node-b", cordoned).nodes == ("node-a",)
+    with pytest.raises(OperatorError, match=r"workers: 4; every node is drained \(node-a, node-b\)"):
+        resized(current, 4, replace(planned_for, cordoned=frozenset({"node-a", "node-b"})))

@@ -55,6 +55,10 @@ def test_what_it_shows() -> None:
     assert pages == [100.0, 20.0, 300.0, 4.0]  # in use; what is free is only addresses
 
 
+def test_drained_nodes_are_named() -> None:
+    assert "drained nodes, which get no workers: abcdefgh" in text(deployment(worker(0), cordoned=("abcdefghijkl",)))
+
+
 def test_rates_are_since_the_last_look() -> None:
     view = StatusView()
     assert row(text(deployment(worker(0)), view, 10.0), "cpu-0")[-1] == "-"

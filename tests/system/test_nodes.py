@@ -135,6 +135,8 @@ def test_a_node_joins_is_drained_and_leaves_and_another_one_vanishes(checkpoint:
             assert (shrunk.exchange, nodes_of(shrunk)) == ("solo", {head})
             assert pool_on(shrunk, head).copied_bytes > 0
             assert pool_on(shrunk, head).loaded_bytes == pool_on(grown, head).loaded_bytes
+            assert nodes_of(await scale(controller, config, 2)) == {head}, "drained, and used again"
+            shrunk = await scale(controller, config, 1)
             await asyncio.to_thread(cluster.remove_node, node)
             streams.clear()
             await streams.more(12)
