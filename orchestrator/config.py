@@ -121,7 +121,8 @@ class DeploymentConfig:
     standbys : int
         Idle workers kept on every node that serves: one takes a dead worker's place, or a new device, at once.
     hang_timeout_s : float
-        A worker or memory owner that does not answer the controller for so long is killed.
+        A worker or memory owner that does not answer the controller for so long is killed, and so is a controller that
+        does not answer ``concertina serve``.
     token : str
         The deployment's secret between its own processes; whoever has it may scale and drain.
     """

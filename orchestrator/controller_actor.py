@@ -13,6 +13,7 @@ from ..errors import OperatorError
 from ..workers.background import stay_in_background
 from .config import NAMESPACE, DeploymentConfig
 from .controller import Controller
+from .lifeline import Identity
 from .preview import Preview
 from .ray_hands import RayHands
 from .remote import controller_name
@@ -25,20 +26,26 @@ class ControllerService:
     def __init__(self, config: DeploymentConfig) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
         stay_in_background()
+        self._name = config.name
         self._hands = RayHands(config.name)
         self._controller = Controller(config, self._hands)
         restarted = bool(ray.get_runtime_context().was_current_actor_reconstructed)
         self._begun = asyncio.get_running_loop().create_task(self._begin(restarted))
 
     async def _begin(self, restarted: bool) -> None:
+        if not restarted:
+            await self._hands.sweep()
+        identity = Identity.of_this_process()
+        await asyncio.to_thread(identity.note, self._name, controller_name(self._name))
         if restarted:
             await self._controller.resume()
-        else:
-            await self._hands.sweep()
 
     async def _ready(self) -> Controller:
         await asyncio.shield(self._begun)  # who asks learns why it cannot go on
         return self._controller
+
+    async def alive(self) -> None:
+        """Answer at once, however far it is."""
 
     async def start(self) -> None:
         await (await self._ready()).start()

@@ -28,6 +28,10 @@ class Unavailable(InternalError):
     """An actor does not answer now: Ray may be starting it again."""
 
 
+class Silent(Unavailable):
+    """A call got no answer in its time: the process may hang."""
+
+
 def controller_name(deployment: str) -> str:
     """Name of a deployment's controller actor in Ray."""
     return _CONTROLLER + deployment
@@ -130,7 +134,9 @@ def ask(reference: Any, timeout_s: float | None = None) -> Any:
         return ray.get(reference, timeout=timeout_s)
     except ray.exceptions.RayTaskError as e:
         raise e.cause from None
-    except (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError) as e:
+    except ray.exceptions.GetTimeoutError as e:
+        raise Silent(f"a process of the deployment does not answer: {e}") from e
+    except ray.exceptions.ActorUnavailableError as e:
         raise Unavailable(f"a process of the deployment does not answer: {e}") from e
     except ray.exceptions.RayActorError as e:
         raise InternalError(f"a process of the deployment has ended: {e}") from e

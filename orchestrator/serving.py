@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -24,10 +25,12 @@ from .controller_actor import launch
 from .core.layout import Seat
 from .endpoint import opened
 from .ingress.settings import IngressSettings
+from .lifeline import Identity
 from .planning import fitting_placement, max_model_len
 from .ray_hands import end_all
 from .tokens import kept_token
 
+_log = logging.getLogger(__name__)
 _POLL_S = 0.2
 _HEALTH_S = 1.0
 _STOP_S = 10.0
@@ -57,7 +60,7 @@ def serve_until_stopped(config: DeploymentConfig, address: str | None, verbose: 
                 _bring_up(starting, endpoint.opening, controller, console)
                 _announce(config, started)
                 endpoint.stand_by()
-                _watch(controller)
+                _watch(controller, config)
     except KeyboardInterrupt:
         console.print("concertina: stopped")
     finally:
@@ -158,8 +161,25 @@ def _announce(config: DeploymentConfig, started: bool) -> None:
     print("concertina status shows what runs; Ctrl-C ends everything", flush=True)
 
 
-def _watch(controller: Any) -> None:
-    """Return never; raise what ended the deployment, or that its controller stays away."""
+def _watch(controller: Any, config: DeploymentConfig) -> None:
+    """Return never; raise what ended the deployment, or that its controller stays away.
+
+    One that hangs is ended. Ray starts it again, and it goes on where it was.
+    """
     while True:
+        try:
+            remote.ask(controller.alive.remote(), config.hang_timeout_s)
+        except remote.Silent:
+            _end_controller(config.name)
+        except remote.Unavailable:
+            _log.info("the controller is being started again")
         remote.ask_again(controller.check.remote)
         time.sleep(_HEALTH_S)
+
+
+def _end_controller(deployment: str) -> None:
+    """End its process, which is of this node; one that is only starting has not been noted yet, and is let be."""
+    process = Identity.noted(deployment, remote.controller_name(deployment))
+    if process is not None and process.runs_here():
+        _log.warning("the controller gives no answer: it is ended and started again")
+        process.end_here(0.0, _STOP_S)

@@ -103,7 +103,7 @@ _deployment_options = _Group(
             type=float,
             default=20.0,
             show_default=True,
-            help="Seconds without an answer after which a worker or memory owner is killed and replaced.",
+            help="Seconds without an answer after which a worker, memory owner or controller is killed and replaced.",
         ),
         click.option(
             "--standbys",

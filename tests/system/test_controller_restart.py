@@ -1,4 +1,4 @@
-"""The controller is killed while the deployment serves: nobody notices, and everything still ends with the driver."""
+"""The controller dies or hangs while the deployment serves: nobody notices, and all still ends with the driver."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def controllers(server: Server) -> list[Process]:
     return [p for p in descendants(server.process.pid) if p.name.startswith("ray::ControllerService") and p.runs]
 
 
-def kill_controller(server: Server) -> None:
+def strike_controller(server: Server, number: signal.Signals) -> None:
     (before,) = controllers(server)
-    os.kill(before.pid, signal.SIGKILL)
+    os.kill(before.pid, number)
     wait_for(lambda: bool(controllers(server)) and not before.runs, lambda: "the controller is not started again")
 
 
@@ -35,10 +35,11 @@ def status(server: Server) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(400)
-def test_a_killed_controller_goes_on_where_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_killed_or_hung_controller_goes_on_where_it_was(tmp_path: Path, how: signal.Signals) -> None:
     checkpoint = make_checkpoint("olmoe", tmp_path / "tiny")
     with (
-        Server.start(checkpoint, "--workers", "2", "--max-model-len", "200") as server,
+        Server.start(checkpoint, "--workers", "2", "--max-model-len", "200", "--hang-timeout", "3") as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client,
     ):
         server.wait_until_healthy()
@@ -47,10 +48,11 @@ def test_a_killed_controller_goes_on_where_it_was(tmp_path: Path) -> None:
         whole = client.completions.create(**asked, max_tokens=150)
         stream = iter(client.completions.create(**asked, max_tokens=150, stream=True))
         text = next(stream).choices[0].text
-        kill_controller(server)
+        strike_controller(server, signal.SIGKILL)
         text += "".join(event.choices[0].text for event in stream)
         assert text == whole.choices[0].text
-        kill_controller(server)
+        status(server)  # one that has only just been started is not known well enough to be killed
+        strike_controller(server, how)
         after = status(server)
         for key in ("generation", "phase", "pools"):
             assert after[key] == before[key]
