@@ -31,10 +31,11 @@ class Pool:
     asked: asyncio.Task[None] | None = None
     asked_s: float = 0.0
 
-    def fact(self, now_s: float, hang_s: float) -> PoolFact:
-        """What it last said, unless it hangs."""
+    def fact(self, now_s: float, hang_s: float, since_s: float) -> PoolFact:
+        """What it last said, unless it hangs; stale if it has not answered what it was asked before ``since_s``."""
         failed = _hang(self.asked, now_s - self.asked_s, hang_s)
-        return PoolFact(self.node, self.source.address, self.pages, failed, stale=self.asked is not None)
+        stale = self.asked is not None and self.asked_s < since_s
+        return PoolFact(self.node, self.source.address, self.pages, failed, stale)
 
 
 @dataclass(slots=True)
@@ -110,11 +111,12 @@ class Cluster:
 
     async def look(self, busy: frozenset[Effect], errors: Mapping[Effect, Fault]) -> Snapshot:
         """Ask every worker and owner; one that does not answer at once is taken at its last word."""
+        since_s = self.hands.now_s()
         await self.ask()
         now_s = self.hands.now_s()
         return Snapshot(
             nodes=frozenset(self.nodes),
-            pools={name: pool.fact(now_s, self.hang_s) for name, pool in self.pools.items()},
+            pools={name: pool.fact(now_s, self.hang_s, since_s) for name, pool in self.pools.items()},
             workers={name: m.fact(now_s, self.hang_s, self.nodes) for name, m in self.workers.items()},
             store=self.store,
             busy=busy,

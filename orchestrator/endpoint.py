@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
@@ -36,19 +35,25 @@ class Endpoint:
         self.config, self.settings = config, settings
         self.owns_serve = not _serve_runs()
         self.opening: Future[None] = pool.submit(self._open)
+        self._pool, self._ending = pool, threading.Event()
         self._door: Any = None
 
     def stand_by(self) -> None:
         """Have a second one of everything that dies with clients' connections, soon, in the background."""
         if self.config.endpoint.replicas > 1:
-            threading.Thread(target=self._double, name="endpoint", daemon=True).start()
+            self._pool.submit(self._double)
+
+    def end(self) -> None:
+        """Start nothing more."""
+        self._ending.set()
 
     def close(self) -> None:
-        """End it."""
+        """Take it away."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            serve.shutdown() if self.owns_serve else serve.delete(self.config.name)
         with contextlib.suppress(ray.exceptions.RayError):
             if self._door is not None:
                 ray.kill(self._door)
-            serve.shutdown() if self.owns_serve else serve.delete(self.config.name)
 
     def _open(self) -> None:
         """With one replica; the others can come when the machine has less to do."""
@@ -57,11 +62,13 @@ class Endpoint:
         self._run(1, wait=True)
 
     def _double(self) -> None:
-        time.sleep(_AFTER_S)
+        if self._ending.wait(_AFTER_S):
+            return
         try:
             self._door = open_second_door(self.config.name, self.config.endpoint.host, self.config.endpoint.port)
-            self._run(self.config.endpoint.replicas, wait=False)
-        except Exception as e:  # noqa: BLE001 - it serves all the same; and this may be the end of everything
+            if not self._ending.is_set():
+                self._run(self.config.endpoint.replicas, wait=False)
+        except Exception as e:  # noqa: BLE001 - it serves all the same
             _log.warning("the endpoint has no second process: %s", e)
 
     def _run(self, replicas: int, wait: bool) -> None:
@@ -84,6 +91,9 @@ def opened(config: DeploymentConfig, settings: IngressSettings, leave_serve: boo
         try:
             yield endpoint
         finally:
+            endpoint.end()
+            if endpoint.opening.done():  # else what opens it ends when it is taken away
+                pool.shutdown()
             if not leave_serve:
                 endpoint.close()
 

@@ -17,8 +17,8 @@ from ...workers.pages.table import ExtentRequest
 class PoolFact:
     """A memory owner whose process lives: where its pool is handed out, and the finished extents in it.
 
-    ``failed`` says why it has to be ended: it gives no answer. ``stale``: it has not answered since this snapshot was
-    asked for.
+    ``failed`` says why it has to be ended: it gives no answer. ``stale``: it has not answered since before
+    this snapshot was asked for.
     """
 
     node: str

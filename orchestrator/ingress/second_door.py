@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from ray.serve._private.proxy import ProxyActor  # no public way to start one
 from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.serve.schema import LoggingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -22,6 +21,8 @@ def open_second_door(deployment: str, host: str, port: int) -> Any:
 
     Ray starts its process again when it dies.
     """
+    from ray.serve._private.proxy import ProxyActor  # here, because Ray has no public way to start one
+
     node = ray.get_runtime_context().get_node_id()
     options: dict[str, Any] = {
         "name": f"door/{deployment}",

@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -160,19 +161,26 @@ def test_a_job_serves_until_it_is_stopped(head: Head, tmp_path: Path, form: list
     wait_for(lambda: healthy(url) or "RUNNING" not in state(head, job), lambda: head.ray("job", "logs", job), START_S)
     assert healthy(url), head.ray("job", "logs", job)
     assert ask(url, "tiny") == 12
-    shown = concertina("status", "--json", env=head.env)
-    assert shown.returncode == 0, shown.stderr
-    found = json.loads(shown.stdout)
-    assert [w["state"] for w in found["workers"]] == ["serving", "serving"]
-    assert sum(w["generated_tokens"] for w in found["workers"]) == 12
+    found = workers(head)
+    assert [w["state"] for w in found] == ["serving", "serving"]
+    # The controller asks its workers every second.
+    wait_for(lambda: sum(w["generated_tokens"] for w in workers(head)) == 12, lambda: f"{workers(head)}")
     assert {"ControllerService", "WorkerActor", "OwnerActor"} <= set(head.alive_actors())
     wait_for(lambda: head.alive_actors().count("ProxyActor") == 2, lambda: f"alive: {head.alive_actors()}")
-    pids = [w["pid"] for w in found["workers"]]
+    pids = [w["pid"] for w in found]
     head.ray("job", "stop", job)
     wait_for(lambda: head.alive_actors() == [], lambda: f"alive: {head.alive_actors()}")
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     assert not healthy(url)
     assert head.process.poll() is None
+
+
+def workers(head: Head) -> list[dict[str, Any]]:
+    """As the status tells them."""
+    shown = concertina("status", "--json", env=head.env)
+    assert shown.returncode == 0, shown.stderr
+    told: list[dict[str, Any]] = json.loads(shown.stdout)["workers"]
+    return told
 
 
 def state(head: Head, job: str) -> str:
