@@ -1,14 +1,15 @@
 """Splitting one batch's tokens of replicated experts over their replicas (eq. 6), fast enough for every step.
 
-Workers call `split` on the counts measured after routing. It begins with the placement's fixed shares, evens out two
-replicas at a time, in whole tokens, then sends tokens along paths (`split_relief`) until the optimum is proved near.
-The slowest device never gets slower, so the split is never worse than the fixed shares.
+Workers call `split` on the counts measured after routing. It begins with the placement's fixed shares, takes a few
+steps in whole tokens, then sends tokens along paths (`split_relief`), and returns as soon as the optimum is proved near
+(`split_bound`). The best split so far is kept, so it is never worse than the fixed shares.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 
 import numpy as np
@@ -16,11 +17,23 @@ import numpy.typing as npt
 
 from .fields import FloatArray, IntArray, fail
 from .placement import Replica
-from .split_relief import Outlets, Relief
+from .split_bound import ClosedSets
+from .split_relief import Arcs, Relief
 from .split_spread import Spread
 
-SWEEPS = 4
-"""Most passes over the replicated experts before paths are searched."""
+
+class Step(Enum):
+    """What is done before paths are searched."""
+
+    SPREAD = "one linear step for all devices at once (`split_spread`)"
+    SWEEP = "even out two replicas at a time, expert by expert"
+
+
+MANY = (Step.SPREAD, Step.SPREAD, Step.SWEEP, Step.SPREAD, Step.SWEEP)
+FEW = (Step.SWEEP, Step.SWEEP)
+FEW_PAIRS = 3
+"""Pairs of replicas per device up to which the steps are `FEW`: a pass over them costs less than a linear step, and
+there is little that several devices would have to do at once."""
 _Two = tuple[int, int, int, float, float]
 """A unit with two replicas: position of the first, both devices, both rates."""
 _More = tuple[list[int], list[int]]
@@ -84,7 +97,7 @@ class SplitTable:
         return rates
 
     @cached_property
-    def _shared(self) -> tuple[list[_Two], list[_More]]:
+    def _twos_and_more(self) -> tuple[list[_Two], list[_More]]:
         """Experts with two replicas, and those with more."""
         twos: list[_Two] = []
         more: list[_More] = []
@@ -103,15 +116,26 @@ class SplitTable:
         return Spread.of(self.expert_R, self.device_R, self.token_s_D)
 
     @cached_property
-    def _outlets(self) -> Outlets:
-        outlets: Outlets = [[] for _ in self._rates]
+    def _steps(self) -> tuple[Step, ...]:
+        pairs = len(self._spread.left_P)
+        return () if pairs == 0 else FEW if pairs <= FEW_PAIRS * len(self._rates) else MANY
+
+    @cached_property
+    def _closed_sets(self) -> ClosedSets:
+        weight_D = 1.0 / self.token_s_D
+        fixed_D = np.zeros(len(weight_D)) if self.fixed_s_D is None else self.fixed_s_D * weight_D
+        return ClosedSets(self.device_R, np.flatnonzero(self._first_R), weight_D, fixed_D)
+
+    @cached_property
+    def _arcs(self) -> Arcs:
+        arcs: Arcs = [[] for _ in self._rates]
         at = 0
         for replicas in self.replicas_E:
             places = [(at + k, r.device) for k, r in enumerate(replicas)]
-            for here, d in places if len(places) > 1 else ():
-                outlets[d].append((here, [place for place in places if place[0] != here]))
+            for here, d in places:
+                arcs[d] += [(here, there, other) for there, other in places if there != here]
             at += len(places)
-        return outlets
+        return arcs
 
     def by_share(self, tokens_E: IntArray) -> IntArray:
         """Whole tokens of every replica under the placement's fixed shares; they add up to ``tokens_E``."""
@@ -137,23 +161,35 @@ def split(table: SplitTable, tokens_E: IntArray, tolerance: float = 5e-3, rounds
     tolerance : float
         Stop once the slowest device is proved within this part of the optimum.
     rounds : int
-        Most searches for paths after the `SWEEPS` passes over the replicated experts.
+        Most searches for paths after the steps; each but the first follows a larger bound.
     """
-    amount_R = table.by_share(tokens_E)
+    best_R = amount_R = table.by_share(tokens_E)
     time_D = table.time_D(amount_R)
-    if table._shared[0] or table._shared[1]:
-        spread_R = table._spread.after(amount_R, time_D)
-        spread_D = table.time_D(spread_R)
-        if spread_D.max() < time_D.max():
-            amount_R, time_D = spread_R, spread_D
+    longest = float(time_D.max())
+    bound = table._closed_sets.bound(tokens_E, time_D)
+    for step in table._steps:
+        if longest <= bound * (1.0 + tolerance):
+            return best_R
+        if step is Step.SPREAD:
+            amount_R = table._spread.after(amount_R, tokens_E, time_D, bound)
+        else:
+            amount_R = _swept(table, amount_R, time_D)
+        time_D = table.time_D(amount_R)
+        bound = max(bound, table._closed_sets.bound(tokens_E, time_D))
+        if time_D.max() < longest:
+            best_R, longest = amount_R, float(time_D.max())
+    if longest > bound * (1.0 + tolerance):
+        amount, time = best_R.tolist(), table.time_D(best_R).tolist()
+        Relief(table._arcs, amount, time, table._rates).run(bound, tolerance, rounds)
+        best_R = np.array(amount, dtype=np.int64)
+    return best_R
+
+
+def _swept(table: SplitTable, amount_R: IntArray, time_D: FloatArray) -> IntArray:
+    """One pass over the replicated experts; the slowest device does not get slower."""
     amount, time = amount_R.tolist(), time_D.tolist()
-    for _ in range(SWEEPS):
-        top = max(time)
-        _sweep_twos(table._shared[0], amount, time)
-        _sweep_more(table._shared[1], amount, time, table._rates)
-        if top - max(time) <= tolerance * top:
-            break
-    Relief(table._outlets, amount, time, table._rates).run(tolerance, rounds)
+    _sweep_twos(table._twos_and_more[0], amount, time)
+    _sweep_more(table._twos_and_more[1], amount, time, table._rates)
     return np.array(amount, dtype=np.int64)
 
 

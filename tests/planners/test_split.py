@@ -74,25 +74,67 @@ def test_split_proves_its_tolerance_where_every_expert_is_shared(mixed: bool) ->
         assert t.time_D(split(t, tokens, rounds=200)).max() <= best_split_lp(t, tokens)[0] * 1.0051
 
 
-def test_one_step_evens_out_all_devices_where_no_replica_runs_empty() -> None:
-    """The linear step alone: whole tokens, totals kept, and every device of a joined set at the same time."""
+@pytest.mark.parametrize("copies", [2, 3, 6])
+def test_split_proves_its_tolerance_with_more_replicas(copies: int) -> None:
+    """P-8 on random devices of two speeds, with the default limits: what the step path meets at its worst."""
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        rows = [[Replica(int(d), 0, 1 / copies) for d in rng.permutation(64)[:copies]] for _ in range(256)]
+        t = SplitTable(rows, np.where(np.arange(64) % 3 == 2, 2.5, 1.0))
+        tokens = rng.poisson(rng.lognormal(0.0, 1.0, 256) * 512)
+        assert t.time_D(split(t, tokens)).max() <= best_split_lp(t, tokens)[0] * 1.0051
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 16), st.integers(1, 8), st.booleans())
+def test_no_closed_set_lies_above_the_optimum(seed: int, experts: int, devices: int, mixed: bool) -> None:
+    """Eq. 17 whatever the guess; with the optimum itself as the guess it is the optimum where no devices are tied."""
+    rng = np.random.default_rng(seed)
+    t = table(rng, experts, devices, mixed)
+    tokens = rng.integers(0, 3000, experts)
+    best, part_R = best_split_lp(t, tokens)
+    for guess_D in (rng.random(devices), t.time_D(t.by_share(tokens)), t.time_D(part_R)):
+        assert t._closed_sets.bound(tokens, guess_D) <= best * (1 + 1e-6) + 1e-9
+
+
+def test_the_bound_is_the_optimum_once_the_slow_devices_are_the_right_ones() -> None:
+    """Devices 0 and 1 share their experts with each other only: 3,000 tokens at speeds 1 and 2."""
+    rows = [[Replica(0, 0, 0.5), Replica(1, 0, 0.5)], [Replica(1, 0)], [Replica(1, 0, 0.5), Replica(2, 0, 0.5)]]
+    t = SplitTable(rows, np.array([1.0, 0.5, 1.0]), np.array([0.0, 60.0, 0.0]))
+    tokens = np.array([2000, 1000, 600])
+    expected = (2000 + 1000 + 60.0 / 0.5) / (1 + 2)
+    assert t._closed_sets.bound(tokens, np.array([9.0, 8.0, 1.0])) == pytest.approx(expected)
+    assert best_split_lp(t, tokens)[0] == pytest.approx(expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 24), st.integers(1, 9), st.booleans(), st.integers(0, 2000))
+def test_a_linear_step_keeps_totals_and_leaves_no_replica_below_zero(
+    seed: int, experts: int, devices: int, mixed: bool, most: int
+) -> None:
+    """P-7 for the step alone (eq. 18), from any split and any bound."""
+    rng = np.random.default_rng(seed)
+    t = table(rng, experts, devices, mixed)
+    tokens = rng.integers(0, most + 1, experts)
+    start_R = t.by_share(tokens)
+    bound = float(t.time_D(start_R).max() * rng.random()) + 1e-3
+    after_R = t._spread.after(start_R, tokens, t.time_D(start_R), bound)
+    assert (after_R >= 0).all()
+    assert np.bincount(t.expert_R, weights=after_R, minlength=experts).tolist() == tokens.tolist()
+
+
+def test_one_linear_step_brings_devices_to_the_mean_where_no_replica_runs_empty() -> None:
     rows = [[Replica(d, 0, 0.5), Replica((d + 1) % 5, 0, 0.5)] for d in range(4)] + [[Replica(5, 0)]]
     rows.append([Replica(d, 0, 1 / 3) for d in (0, 2, 4)])
     t = SplitTable(rows, np.array([1.0, 1.1, 1.0, 0.95, 1.0, 3.0]))
     tokens = np.array([40_000, 41_000, 39_000, 40_500, 7, 60_000])
     start_R = t.by_share(tokens)
-    after_R = t._spread.after(start_R, t.time_D(start_R))
-    assert np.bincount(t.expert_R, weights=after_R).tolist() == tokens.tolist()
-    time_D = t.time_D(after_R)
-    assert time_D[:5].max() - time_D[:5].min() <= 10.0
-    assert time_D[5] == 21.0
-
-
-def test_the_step_leaves_no_replica_below_zero() -> None:
-    rows = [[Replica(0, 0, 0.5), Replica(1, 0, 0.5)], [Replica(1, 0)]]
-    t = SplitTable(rows, np.ones(2))
-    start_R = t.by_share(np.array([10, 1000]))
-    assert t._spread.after(start_R, t.time_D(start_R)).tolist() == [10, 0, 1000]
+    time_D = t.time_D(start_R)
+    bound = t._closed_sets.bound(tokens, time_D)
+    after_D = t.time_D(t._spread.after(start_R, tokens, time_D, bound))
+    assert time_D[:5].max() > 1.2 * bound
+    assert after_D[:5].max() <= 1.01 * bound
+    assert after_D[5] == 21.0
 
 
 def test_no_tokens_and_single_replicas() -> None:
