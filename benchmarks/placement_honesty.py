@@ -11,7 +11,7 @@ from concertina.planners.fields import FloatArray
 from concertina.planners.model import Loads, ModelSpec
 from concertina.planners.placement import Placement
 from concertina.planners.problem import Objective, PlacementProblem
-from concertina.planners.scenarios import with_samples
+from concertina.planners.sampled import solve_sampled
 from concertina.planners.solution import Solution, StoppingRule
 from concertina.planners.solve import solve
 from concertina.planners.split import SplitTable, split
@@ -19,7 +19,7 @@ from concertina.planners.split import SplitTable, split
 WINDOWS = 8
 DRIFT = (0.1, 0.9)
 """Part of the later domains in the first and last window of a made-up trace."""
-METHODS = ("eplb_global", "greedy", "scalable", "robust")
+METHODS = ("eplb_global", "greedy", "scalable", "robust", "oracle")
 
 
 def leave_one_out(
@@ -28,16 +28,17 @@ def leave_one_out(
     """One row per held-out domain and method: balancedness (mean / maximum device load), mean and worst layer.
 
     ``fixed``: the plan's own shares (EPLB's are equal). ``split``: the batch's tokens split afresh. ``robust`` knows
-    the other domains as scenarios, samples around them, and that workers will split; the rest know their sum.
+    the other domains as scenarios, samples around them, and that workers will split; ``oracle`` knows the held-out
+    domain itself, which shows what the slots allow; the rest know the others' sum.
     """
     rows = []
     for held, batch_LE in domains.items():
         others = np.stack([_scaled(table) for name, table in domains.items() if name != held])
+        scored = _scaled(batch_LE)[None]
         for method in METHODS:
-            placement = _planned(others, method, devices, spare, stop)
-            fixed_L, split_L = _scores(placement, _scaled(batch_LE), devices)
+            placement = _planned(scored if method == "oracle" else others, method, devices, spare, stop)
             row = {"part": "honesty", "devices": devices, "spare": spare, "held_out": held, "method": method}
-            rows.append(row | _summary(fixed_L[None], split_L[None]))
+            rows.append(row | _scores(placement, scored, devices))
     return rows
 
 
@@ -51,11 +52,36 @@ def halves(domains: Mapping[str, FloatArray], devices: int, spare: int, stop: St
     first, second = windows[: WINDOWS // 2], windows[WINDOWS // 2 :]
     rows = []
     for method in METHODS:
-        placement = _planned(first, method, devices, spare, stop)
-        scores = [_scores(placement, batch_LE, devices) for batch_LE in second]
+        placement = _planned(second if method == "oracle" else first, method, devices, spare, stop)
         row = {"part": "halves", "devices": devices, "spare": spare, "held_out": "second half", "method": method}
-        rows.append(row | _summary(np.stack([f for f, _ in scores]), np.stack([s for _, s in scores])))
+        rows.append(row | _scores(placement, second, devices))
     return rows
+
+
+def gains(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ours with the per-batch split above EPLB's equal split: for either part and number of devices, three readings.
+
+    ``mean`` of all domains and layers; ``worst layer``: our worst against EPLB's worst, wherever they are; ``least of
+    one layer``: the layer that gains least. ``room`` is what was left to 1, ``taken`` the part of it that was gained,
+    ``attainable`` the gain of a plan that knows what is held out.
+    """
+    found = []
+    for part, devices in sorted({(r["part"], r["devices"]) for r in rows}):
+        here = [r for r in rows if (r["part"], r["devices"]) == (part, devices)]
+        eplb, ours, oracle = (
+            np.array([r[scored] for r in here if r["method"] == method])
+            for method, scored in (("eplb_global", "fixed_WL"), ("robust", "split_WL"), ("oracle", "split_WL"))
+        )
+        least = np.unravel_index((ours - eplb).argmin(), eplb.shape)
+        for of, e, o, best in (
+            ("mean", eplb.mean(), ours.mean(), oracle.mean()),
+            ("worst layer", eplb.min(), ours.min(), oracle.min()),
+            ("least of one layer", eplb[least], ours[least], oracle[least]),
+        ):
+            row = {"part": part, "devices": devices, "of": of, "eplb": float(e), "ours": float(o), "gain": float(o - e)}
+            row |= {"room": float(1.0 - e), "taken": float((o - e) / (1.0 - e)), "attainable": float(best - e)}
+            found.append(row)
+    return found
 
 
 def _drifting(tables: list[FloatArray], seed: int = 0) -> FloatArray:
@@ -72,16 +98,6 @@ def _drifting(tables: list[FloatArray], seed: int = 0) -> FloatArray:
     return np.stack(windows)
 
 
-def _summary(fixed_WL: FloatArray, split_WL: FloatArray) -> dict[str, float]:
-    """Mean, and worst layer of any window."""
-    return {
-        "fixed_mean": float(fixed_WL.mean()),
-        "fixed_worst": float(fixed_WL.min()),
-        "split_mean": float(split_WL.mean()),
-        "split_worst": float(split_WL.min()),
-    }
-
-
 def _scaled(counts_LE: FloatArray) -> FloatArray:
     """Whole tokens, about 1,000 per expert, so that domains weigh the same."""
     scaled: FloatArray = np.rint(counts_LE / counts_LE.mean(axis=1, keepdims=True) * 1000)
@@ -89,28 +105,41 @@ def _scaled(counts_LE: FloatArray) -> FloatArray:
 
 
 def _planned(tokens_SLE: FloatArray, method: str, devices: int, spare: int, stop: StoppingRule) -> Placement:
-    robust = method == "robust"
+    several = method in ("robust", "oracle")
     _, layers, experts = tokens_SLE.shape
     fleet = Cluster(tuple(Device(f"d{i}", "equal", 10**13, 1e12, 1e30) for i in range(devices)))
-    loads = with_samples(Loads(tokens_SLE)) if robust else Loads(tokens_SLE.mean(axis=0))
     problem = PlacementProblem(
         fleet,
         ModelSpec(layers, experts, 1.0, 1e6),
-        loads,
+        Loads(tokens_SLE) if several else Loads(tokens_SLE.mean(axis=0)),
         slots=-(-(experts + spare) // devices),
-        objective=Objective(split="per_batch" if robust else "fixed"),
+        objective=Objective(split="per_batch" if several else "fixed"),
     )
-    answer = solve(problem, "scalable" if robust else method, stop=stop)
+    if method == "robust":
+        answer = solve_sampled(problem, stop=stop)
+    else:
+        answer = solve(problem, "scalable" if method == "oracle" else method, stop=stop)
     assert isinstance(answer, Solution)
     return answer.placement
 
 
-def _scores(placement: Placement, batch_LE: FloatArray, devices: int) -> tuple[FloatArray, FloatArray]:
-    fixed: list[float] = []
-    free: list[float] = []
-    for layer, tokens_E in enumerate(batch_LE.astype(np.int64)):
-        table = SplitTable(placement.replicas_LE[layer], np.ones(devices))
-        for scores, tokens_R in ((fixed, table.by_share(tokens_E)), (free, split(table, tokens_E))):
-            load_D = table.time_D(tokens_R)
-            scores.append(float(load_D.mean() / load_D.max()))
-    return np.array(fixed), np.array(free)
+def _scores(placement: Placement, batch_WLE: FloatArray, devices: int) -> dict[str, Any]:
+    """Mean and worst layer of all batches, every layer's figures, and what experts without a second replica leave."""
+    fixed_WL, split_WL, single_WL = (np.ones(batch_WLE.shape[:2]) for _ in range(3))
+    for w, batch_LE in enumerate(batch_WLE.astype(np.int64)):
+        for layer, tokens_E in enumerate(batch_LE):
+            table = SplitTable(placement.replicas_LE[layer], np.ones(devices))
+            for scores, tokens_R in ((fixed_WL, table.by_share(tokens_E)), (split_WL, split(table, tokens_E))):
+                load_D = table.time_D(tokens_R)
+                scores[w, layer] = load_D.mean() / load_D.max()
+            single_E = np.bincount(table.expert_R, minlength=len(tokens_E)) == 1
+            single_WL[w, layer] = min(1.0, tokens_E.sum() / devices / max(tokens_E[single_E].max(initial=0), 1))
+    return {
+        "fixed_mean": float(fixed_WL.mean()),
+        "fixed_worst": float(fixed_WL.min()),
+        "split_mean": float(split_WL.mean()),
+        "split_worst": float(split_WL.min()),
+        "single_worst": float(single_WL.min()),
+        "fixed_WL": np.round(fixed_WL, 4).tolist(),
+        "split_WL": np.round(split_WL, 4).tolist(),
+    }

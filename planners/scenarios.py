@@ -27,6 +27,12 @@ class Sampling:
         Standard deviation of an expert's logarithm where nothing is known; what the scenarios show is mixed with it.
     belief : float
         How many scenarios that prior counts for.
+    common : float
+        Part of the variance that experts share along the deviations of the given scenarios, in [0, 1].
+    transferred : float
+        Part of the samples that transfer ranks (eq. 19) where there are two scenarios or more, in [0, 1].
+    jitter : float
+        Standard deviation of the exchange of neighbouring ranks, in experts of the layer.
     seed : int
     """
 
@@ -35,36 +41,77 @@ class Sampling:
     floor: float = 0.5
     sigma: float = 0.7
     belief: float = 2.0
+    common: float = 0.5
+    transferred: float = 0.5
+    jitter: float = 1.0 / 16.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("count", "floor", "sigma", "belief", "seed"):
+        for name in ("count", "floor", "sigma", "belief", "jitter", "seed"):
             finite(f"sampling: {name}", getattr(self, name))
         finite("sampling: weight", self.weight, 0.0, 0.999)
+        for name in ("common", "transferred"):
+            finite(f"sampling: {name}", getattr(self, name), 0.0, 1.0)
 
 
 def with_samples(loads: Loads, sampling: Sampling | None = None) -> Loads:
-    """The given scenarios and sampled ones (eq. 15).
+    """The given scenarios and sampled ones, half by a law (eq. 15), half by transferred ranks (eq. 19).
 
-    The logarithm of an expert's tokens is taken as Student-t, independent between experts, with the mean over the given
-    scenarios and their variance mixed with a prior. Each sample keeps the layer's mean number of tokens.
+    A law of few parameters gives freedom where the scenarios agree; ranks show what the scenarios' own surprises were,
+    without a law. Each sample keeps the layer's mean number of tokens.
     """
     sampling = sampling or Sampling()
     if sampling.count == 0 or sampling.weight == 0:
         return loads
     weight_S = loads.scenario_weights_S
-    log_SLE, total_L = _logarithms(loads, sampling.floor)
-    mean_LE = np.tensordot(weight_S, log_SLE, axes=1)
-    square_LE = np.tensordot(weight_S, (log_SLE - mean_LE) ** 2, axes=1) * len(weight_S)
-    known = len(weight_S) - 1
-    sigma_LE = np.sqrt((sampling.belief * sampling.sigma**2 + square_LE) / (sampling.belief + known))
-    noise = _stratified(sampling.count, mean_LE.shape, np.random.default_rng(sampling.seed))
-    drawn = np.exp(mean_LE + sigma_LE * noise)
-    drawn *= (total_L / drawn.sum(axis=2))[:, :, None]
+    draw = np.random.default_rng(sampling.seed)
+    by_rank = round(sampling.count * sampling.transferred) if len(weight_S) > 1 else 0
+    drawn = [_by_law(loads, sampling, sampling.count - by_rank, draw), _by_rank(loads, sampling, by_rank, draw)]
     weights = np.concatenate(
         [weight_S * (1 - sampling.weight), np.full(sampling.count, sampling.weight / sampling.count)]
     )
-    return replace(loads, tokens_SLE=np.concatenate([loads.tokens_SLE, drawn]), weights_S=weights)
+    return replace(loads, tokens_SLE=np.concatenate([loads.tokens_SLE, *drawn]), weights_S=weights)
+
+
+def _by_law(loads: Loads, sampling: Sampling, count: int, draw: np.random.Generator) -> FloatArray:
+    """Eq. 15, shape (count, L, E): experts vary on their own, and together as the scenarios do."""
+    weight_S = loads.scenario_weights_S
+    log_SLE, total_L = _logarithms(loads, sampling.floor)
+    mean_LE = np.tensordot(weight_S, log_SLE, axes=1)
+    off_SLE = log_SLE - mean_LE
+    known = len(weight_S) - 1
+    square_LE = np.tensordot(weight_S, off_SLE**2, axes=1) * len(weight_S)
+    sigma_LE = np.sqrt((sampling.belief * sampling.sigma**2 + square_LE) / (sampling.belief + known))
+    common = sampling.common if known else 0.0
+    noise = _stratified(count, mean_LE.shape, draw) * np.sqrt(1.0 - common) * sigma_LE
+    along_S = np.sqrt(common * weight_S * len(weight_S) / max(known, 1))
+    noise += np.tensordot(_stratified(count, along_S.shape, draw) * along_S, off_SLE, axes=1)
+    drawn: FloatArray = np.exp(mean_LE + noise)
+    drawn *= (total_L / drawn.sum(axis=2))[:, :, None]
+    return drawn
+
+
+def _by_rank(loads: Loads, sampling: Sampling, count: int, draw: np.random.Generator) -> FloatArray:
+    """Eq. 19, shape (count, L, E): what a scenario held for experts of a rank among the others, for that rank now.
+
+    Training balances experts over all its text, so those that the seen domains leave idle are some other domain's
+    specialists: each scenario's busiest experts are often the idlest of the rest, which no law of the means shows.
+    """
+    weight_S = loads.scenario_weights_S
+    _, layers, experts = loads.tokens_SLE.shape
+    total_SL = loads.tokens_SLE.sum(axis=2)
+    scaled_SLE = loads.tokens_SLE * (weight_S @ total_SL / np.maximum(total_SL, 1e-300))[:, :, None]
+    mean_LE = np.tensordot(weight_S, scaled_SLE, axes=1)
+    ranked_LE = np.argsort(-mean_LE, axis=1, kind="stable")
+    rest_SLE = np.argsort(weight_S[:, None, None] * scaled_SLE - mean_LE, axis=2, kind="stable")
+    by_rank_SLE = np.take_along_axis(scaled_SLE, rest_SLE, axis=2)
+    sources = np.searchsorted(np.cumsum(weight_S), (np.arange(count) + 0.5) / max(count, 1))
+    source_NL = np.stack([draw.permutation(sources) for _ in range(layers)], axis=1)
+    near = draw.normal(0.0, sampling.jitter * experts, (count, layers, experts)) + np.arange(experts)
+    taken = np.take_along_axis(by_rank_SLE[source_NL, np.arange(layers)], np.argsort(near, axis=2), axis=2)
+    drawn = np.empty_like(taken)
+    np.put_along_axis(drawn, np.broadcast_to(ranked_LE, taken.shape), taken, axis=2)
+    return drawn
 
 
 def _stratified(count: int, shape: tuple[int, ...], draw: np.random.Generator) -> FloatArray:

@@ -13,8 +13,9 @@ from concertina.planners.cost import evaluate
 from concertina.planners.model import Loads
 from concertina.planners.placement import Replica
 from concertina.planners.problem import Objective, Options, Pair
+from concertina.planners.sampled import PLANS, judging, solve_sampled
 from concertina.planners.scenarios import Sampling, with_samples
-from concertina.planners.solution import Solution, StoppingRule
+from concertina.planners.solution import Infeasible, Solution, StoppingRule
 from concertina.planners.solve import solve
 from concertina.planners.split import SplitTable, split
 
@@ -48,6 +49,76 @@ def test_samples_keep_totals_weights_and_seed() -> None:
 def test_bad_sampling_is_refused() -> None:
     with pytest.raises(OperatorError, match="sampling: weight"):
         Sampling(weight=1.5)
+    with pytest.raises(OperatorError, match="sampling: transferred"):
+        Sampling(transferred=-0.1)
+
+
+def test_transferred_ranks_are_real_loads_of_experts_that_ranked_alike() -> None:
+    """Eq. 19: each sample is one scenario's loads reordered; without jitter, by ranks in what is left without it."""
+    loads = Loads(domains(3, 2, 12, 4))
+    more = with_samples(loads, Sampling(count=6, transferred=1.0, jitter=0.0))
+    tokens_SLE, drawn_NLE = loads.tokens_SLE, more.tokens_SLE[3:]
+    total_SL = tokens_SLE.sum(axis=2)
+    scaled_SLE = tokens_SLE * (total_SL.mean(axis=0) / total_SL)[:, :, None]
+    for layer in range(2):
+        ranked_E = np.argsort(-scaled_SLE[:, layer].sum(axis=0), kind="stable")
+        expected = []
+        for held in range(3):
+            rest_E = np.argsort(-np.delete(scaled_SLE[:, layer], held, axis=0).sum(axis=0), kind="stable")
+            sample_E = np.empty(12)
+            sample_E[ranked_E] = scaled_SLE[held, layer, rest_E]
+            expected += [sample_E, sample_E]  # each scenario is the source of as many samples
+        drawn_NE = sorted(drawn_NLE[:, layer].tolist())
+        np.testing.assert_allclose(drawn_NE, sorted(e.tolist() for e in expected))
+    jittered = with_samples(loads, Sampling(count=6, transferred=1.0)).tokens_SLE[3:]
+    assert (jittered != drawn_NLE).any()
+    sorted_NLE = np.sort(jittered, axis=2)
+    for layer in range(2):
+        sources = {tuple(np.round(np.sort(t), 6)) for t in scaled_SLE[:, layer]}
+        assert {tuple(np.round(row, 6)) for row in sorted_NLE[:, layer]} == sources
+
+
+def test_idle_experts_may_be_another_domains_specialists() -> None:
+    """Each scenario has one busy expert that idles in all others: so samples make the experts idle so far busy too."""
+    tokens_SLE = np.full((3, 1, 8), 100.0)
+    tokens_SLE[:, :, 4:] = 10.0
+    for s in range(3):
+        tokens_SLE[s, 0, 4 + s] = 1000.0
+    busiest_NE = with_samples(Loads(tokens_SLE), Sampling(count=60, transferred=1.0)).tokens_SLE[3:, 0].argmax(axis=1)
+    assert (busiest_NE == 7).mean() > 0.1
+
+
+def test_a_law_with_common_variance_moves_experts_together() -> None:
+    """Eq. 15: experts that rose and fell together in the scenarios do so in samples, as far as ``common`` says."""
+    tokens_SLE = np.full((4, 1, 6), 1000.0)
+    tokens_SLE[:2, :, :2] = 3000.0
+    apart, together = (
+        np.log(with_samples(Loads(tokens_SLE), Sampling(400, transferred=0.0, common=common)).tokens_SLE[4:, 0])
+        for common in (0.0, 1.0)
+    )
+    assert abs(np.corrcoef(apart[:, 0] - apart[:, 5], apart[:, 1] - apart[:, 4])[0, 1]) < 0.2
+    assert np.corrcoef(together[:, 0], together[:, 1])[0, 1] > 0.99
+
+
+def test_the_plan_for_samples_is_the_best_of_several_on_samples_that_none_has_seen() -> None:
+    """P-9 again, on fresh samples; the checker agrees, and the same seed gives the same plan."""
+    p = problem(domains(3, 2, 8, 5), [1.0] * 3, 4, expert_bytes=1e-6, objective=Objective(split="per_batch"))
+    stop = StoppingRule(gap=1e-2, iterations=6)
+    sampling = Sampling(count=4)
+    answer = solve_sampled(p, sampling, stop)
+    assert isinstance(answer, Solution)
+    judge = judging(p, sampling)
+    assert check(judge, answer) == []
+    for k in range(PLANS):
+        loads = with_samples(p.loads, replace(sampling, seed=k))
+        one = solve(replace(p, loads=loads), "scalable", stop=stop)
+        assert isinstance(one, Solution)
+        assert answer.cost.total <= evaluate(judge, one.placement).total * (1 + 1e-9)
+    again = solve_sampled(p, sampling, stop)
+    assert isinstance(again, Solution)
+    assert again.placement == answer.placement
+    lacking = replace(p, slots=np.full(p.slots_LD.shape, 1))
+    assert isinstance(solve_sampled(lacking, sampling, stop), Infeasible)
 
 
 @pytest.mark.parametrize("tail", [0.0, 0.5])
