@@ -16,7 +16,7 @@ from ..planners.cost import Cost, evaluate
 from ..planners.migration import Migration
 from ..planners.model import Loads, ModelSpec
 from ..planners.placement import Placement
-from ..planners.problem import PlacementProblem
+from ..planners.problem import Objective, PlacementProblem
 from .document import Node, read_document
 
 FORMAT = "concertina-plan/1"
@@ -114,6 +114,7 @@ def problem_to_dict(problem: PlacementProblem) -> dict[str, Any]:
         "weights_S": loads.scenario_weights_S.tolist(),
         "pairs_PEE": None if loads.pairs_PEE is None else loads.pairs_PEE.tolist(),
         "slots": None if problem.slots is None else np.asarray(problem.slots).tolist(),
+        "objective": {"tail": problem.objective.tail, "split": problem.objective.split},
     }
 
 
@@ -142,4 +143,7 @@ def _problem(data: dict[str, Any], before: Placement | None) -> PlacementProblem
     cluster = Cluster(tuple(Device(**d) for d in data["devices"]), Links(**data["links"]))
     loads = Loads(np.array(data["tokens_SLE"]), np.array(data["weights_S"]), data["pairs_PEE"])
     slots = None if data["slots"] is None else np.array(data["slots"])
-    return PlacementProblem(cluster, ModelSpec(**data["model"]), loads, slots=slots, current=before)
+    objective = Objective(**data["objective"])
+    return PlacementProblem(
+        cluster, ModelSpec(**data["model"]), loads, slots=slots, current=before, objective=objective
+    )

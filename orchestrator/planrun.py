@@ -18,11 +18,13 @@ from ..planners.params import Params
 from ..planners.placement import balanced_placement
 from ..planners.problem import PlacementProblem
 from ..planners.replan import Replan, ReplanRules, replan
+from ..planners.sampled import PLANS, lower_bound, solve_sampled
+from ..planners.scenarios import Sampling
 from ..planners.solution import Infeasible, Progress, Solution, StoppingRule
 from ..planners.solve import METHODS, solve
 from .plandoc import PlanDocument
 
-PLAN_METHODS = (*METHODS, "replan")
+PLAN_METHODS = (*METHODS, "robust", "replan")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class PlanChoices:
     Parameters
     ----------
     method : str
-        One of `PLAN_METHODS`; ``auto`` re-plans where there is a current placement.
+        One of `PLAN_METHODS`; ``auto`` re-plans where there is a current placement. ``robust`` plans for the loads
+        given and for others that may follow them (`solve_sampled`), and splits tokens per batch.
     balance : float
         What a re-plan must reach, see `ReplanRules`.
     stop : StoppingRule
@@ -96,7 +99,12 @@ def _missed(answer: Replan, balance: float) -> str:
 def _fresh(
     problem: PlacementProblem, alive: Cluster, choices: PlanChoices, progress: Callable[[Progress], None] | None
 ) -> PlanDocument:
-    answer = solve(problem, choices.method, Params(seed=choices.seed), choices.stop, progress)
+    robust = choices.method == "robust"
+    if robust:
+        problem = replace(problem, objective=replace(problem.objective, split="per_batch"))
+        answer = _solve_robust(problem, choices)
+    else:
+        answer = solve(problem, choices.method, Params(seed=choices.seed), choices.stop, progress)
     if isinstance(answer, Infeasible):
         raise OperatorError(f"plan: {answer}")
     before, placement = problem.current, answer.placement
@@ -104,7 +112,16 @@ def _fresh(
         before = balanced_placement(problem.cluster.names, problem.layers, problem.experts)
     elif not _has_rules(problem):
         placement = match_placement(before, placement, alive)
+    if robust:  # cost, bound and gap of the answer are those under samples, which the document does not have
+        reason = f"{answer.reason}; layers from the best of {PLANS} plans, by samples that none had seen"
+        return PlanDocument(problem, placement, before, "robust", reason, lower_bound(problem))
     return PlanDocument(problem, placement, before, answer.method, _reason(answer), answer.bound)
+
+
+def _solve_robust(problem: PlacementProblem, choices: PlanChoices) -> Solution | Infeasible:
+    """Within the time limit, which `solve_sampled` takes for each of its searches."""
+    stop = replace(choices.stop, time_limit_s=choices.stop.time_limit_s / PLANS)
+    return solve_sampled(problem, Sampling(seed=choices.seed * (PLANS + 1)), stop)
 
 
 def _has_rules(problem: PlacementProblem) -> bool:

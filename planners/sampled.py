@@ -32,6 +32,13 @@ def judging(problem: PlacementProblem, sampling: Sampling | None = None) -> Plac
     return replace(problem, loads=with_samples(problem.loads, more))
 
 
+def lower_bound(problem: PlacementProblem) -> float:
+    """Seconds per step (eq. 10) that no placement can beat."""
+    objective, parts = problem.objective, layer_problems(problem)
+    step_L = np.array([step_bound(part, objective.tail, objective.split == "per_batch") for part in parts])
+    return problem_bound(problem, parts, step_L)
+
+
 def solve_sampled(
     problem: PlacementProblem, sampling: Sampling | None = None, stop: StoppingRule | None = None
 ) -> Solution | Infeasible:
@@ -68,7 +75,4 @@ def solve_sampled(
         by_layer = np.argmin([cost.step_L + cost.node_L + cost.cluster_L for cost in costs], axis=0)
         layers = tuple(found[k].placement.replicas_LE[layer] for layer, k in enumerate(by_layer.tolist()))
         placement = Placement(placement.devices, layers)
-    objective, parts = judge.objective, layer_problems(judge)
-    step_L = np.array([step_bound(part, objective.tail, objective.split == "per_batch") for part in parts])
-    bound = problem_bound(judge, parts, step_L)
-    return Solution(placement, evaluate(judge, placement), bound, found[best].reason, "scalable")
+    return Solution(placement, evaluate(judge, placement), lower_bound(judge), found[best].reason, "scalable")

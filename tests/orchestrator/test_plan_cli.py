@@ -15,6 +15,7 @@ from concertina.orchestrator.fleetfile import read_fleet
 from concertina.orchestrator.plandoc import read_plan
 from concertina.orchestrator.planfiles import read_cluster, read_loads, read_model, read_placement
 from concertina.planners.check import check_placement
+from concertina.planners.cost import evaluate
 from concertina.planners.migration import MigrationProblem
 from concertina.planners.placement import Placement
 
@@ -51,6 +52,18 @@ def without_c3(tmp_path: Path) -> Path:
     path = tmp_path / "cluster.yaml"
     path.write_text((EXAMPLES / "cluster.yaml").read_text().replace("node: c, count: 4", "node: c, count: 3"))
     return path
+
+
+def test_a_robust_plan_is_for_workers_that_split_every_batch(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    result = run(*INPUTS, *LIMITS, "--method", "robust", "-o", str(path))
+    assert result.exit_code == 0, result.output
+    plan = read_plan(path)
+    assert check_placement(plan.problem, plan.placement) == []
+    assert (plan.method, plan.problem.objective.split) == ("robust", "per_batch")
+    assert "by samples that none had seen" in plan.reason
+    assert 0 < plan.bound_s <= evaluate(plan.problem, plan.placement).total
+    assert run("compare", str(path), str(path)).exit_code == 0
 
 
 def test_the_plan_is_a_sound_placement_file(first: Path) -> None:
