@@ -17,6 +17,7 @@ from .layout import Layout
 from .milp import MilpOptions, MilpResult, pulp, solve_milp
 from .params import Params
 from .placement import Placement
+from .price_bound import Pricing
 from .problem import Objective, PlacementProblem
 from .scalable import Report, Run, within
 from .solution import Infeasible, Lack, Solution, StoppingRule
@@ -40,7 +41,8 @@ def solve_ilp(
     began_s = stop.now()
     layers = layer_problems(problem)
     starts = [None if start is None else layout_of(problem, layer, start) for layer in layers]
-    searches = [LayerSearch(la, problem.objective, params, st) for la, st in zip(layers, starts, strict=True)]
+    pricing = Pricing()
+    searches = [LayerSearch(la, problem.objective, params, st, pricing) for la, st in zip(layers, starts, strict=True)]
     part = StoppingRule(stop.time_limit_s * HEURISTIC_PART, stop.gap, stop.iterations, stop.now)
     run = Run(searches, part, report, began_s)
     run.start()

@@ -20,6 +20,7 @@ from .improve import Search
 from .kick import kicked
 from .layout import Layout
 from .params import Params
+from .price_bound import Pricing
 from .problem import Objective
 from .risk import risk
 from .robust import RobustSearch
@@ -47,6 +48,8 @@ MOVES = 25
 """Moves over all cases in one piece of work."""
 FRESH = 5
 """Fresh layouts before every other piece of work disturbs the best one instead."""
+UNPRICED = 2
+"""Pieces of work before a better bound is sought, where reading is heavy."""
 PATIENCE = 8
 """Pieces of work without success after which a layer is given up, once fresh layouts are used up."""
 
@@ -118,7 +121,14 @@ def broad_attempts(layer: LayerProblem) -> Iterator[Attempt]:
 class LayerSearch:
     """Anytime search of one layer; `advance` does one piece of work."""
 
-    def __init__(self, layer: LayerProblem, objective: Objective, params: Params, start: Layout | None) -> None:
+    def __init__(
+        self,
+        layer: LayerProblem,
+        objective: Objective,
+        params: Params,
+        start: Layout | None,
+        pricing: Pricing | None = None,
+    ) -> None:
         self.layer = layer
         self.objective = objective
         self.params = params
@@ -134,6 +144,8 @@ class LayerSearch:
         self._robust: RobustSearch | None = None
         self._random = random.Random(params.seed + layer.layer)
         self._idle = 0
+        heavy = float(layer.read_UD.min()) > HEAVY * self.bound_s
+        self._pricing = (pricing or Pricing()) if alone and layer.plain and heavy else None
         if start is not None:
             self._try(start)
 
@@ -145,6 +157,9 @@ class LayerSearch:
     def advance(self, gap: float) -> None:
         """Make and improve one more attempt; sets ``exhausted`` after the last."""
         self.pieces += 1
+        if self._pricing is not None and self.pieces > UNPRICED and self.best is not None:
+            self._tighten(self._pricing)
+            return
         if self._kicks() and self.pieces > FRESH and self.pieces % 2:
             self._kick(gap)
             return
@@ -155,6 +170,15 @@ class LayerSearch:
         layout = attempt()
         if layout is not None:
             self._try(layout, gap)
+
+    def _tighten(self, pricing: Pricing) -> None:
+        """Seek a better bound once, and aim first layouts at it if it is one."""
+        self._pricing = None
+        moved_s = moved_cost(self.layer, self.best) if self.best is not None else 0.0
+        bound_s = pricing.bound(self.layer, self.mean_bound_s, self.cost_s - moved_s)
+        if bound_s > self.mean_bound_s:
+            self.bound_s = self.mean_bound_s = bound_s
+            self._todo = attempts(self.layer, bound_s)
 
     def _kicks(self) -> bool:
         return self.best is not None and self.layer.plain and not self._several and self.layer.devices >= 3

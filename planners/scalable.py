@@ -15,6 +15,7 @@ from .cost import evaluate
 from .layer_search import LayerSearch
 from .params import Params
 from .placement import Placement
+from .price_bound import Pricing
 from .problem import PlacementProblem
 from .solution import Infeasible, Lack, Progress, Solution, StoppingRule
 from .units import LayerProblem, layer_problems
@@ -91,7 +92,8 @@ def solve_scalable(
     began_s = stop.now()
     layers = layer_problems(problem)
     starts = [None if start is None else layout_of(problem, layer, start) for layer in layers]
-    searches = [LayerSearch(la, problem.objective, params, st) for la, st in zip(layers, starts, strict=True)]
+    pricing = Pricing()
+    searches = [LayerSearch(la, problem.objective, params, st, pricing) for la, st in zip(layers, starts, strict=True)]
     part = replace(stop, time_limit_s=stop.time_limit_s * (1.0 - ALIGN_PART)) if affine(problem) else stop
     run = Run(searches, part, report, began_s)
     lost = run.start()
