@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from .layout import Layout
 from .params import Params
 from .price_bound import Pricing
 from .problem import Objective
+from .recipe import OFFSETS, followed
 from .risk import risk
 from .robust import RobustSearch
 from .units import LayerProblem
@@ -175,10 +176,11 @@ class LayerSearch:
         """Seek a better bound once, and aim first layouts at it if it is one."""
         self._pricing = None
         moved_s = moved_cost(self.layer, self.best) if self.best is not None else 0.0
-        bound_s = pricing.bound(self.layer, self.mean_bound_s, self.cost_s - moved_s)
+        bound_s, found = pricing.bound(self.layer, self.mean_bound_s, self.cost_s - moved_s)
         if bound_s > self.mean_bound_s:
             self.bound_s = self.mean_bound_s = bound_s
-            self._todo = attempts(self.layer, bound_s)
+            recipes = (partial(followed, self.layer, priced, offset) for offset in OFFSETS for priced in found)
+            self._todo = chain(recipes, attempts(self.layer, bound_s))
 
     def _kicks(self) -> bool:
         return self.best is not None and self.layer.plain and not self._several and self.layer.devices >= 3

@@ -27,12 +27,16 @@ BLOCKS = 6
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Devices alike: room and reading in tokens, slots, and how many there are."""
+    """Devices alike: room and reading in tokens, slots, and which they are."""
 
     room: float
     read: float
     slots: int
-    count: int
+    devices: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.devices)
 
     @property
     def held(self) -> int:
@@ -44,9 +48,11 @@ class Kind:
 def kinds_at(layer: LayerProblem, base_D: FloatArray, time_s: float) -> list[Kind]:
     """Kinds of devices that can hold anything in ``time_s`` seconds; for plain layers."""
     table = np.stack([(time_s - base_D) / layer.token_s_D, layer.read_UD[0] / layer.token_s_D, layer.slots_D], axis=1)
-    rows, count = np.unique(table, axis=0, return_counts=True)
-    pairs = zip(rows.tolist(), count.tolist(), strict=True)
-    kinds = [Kind(room, read, int(slots), number) for (room, read, slots), number in pairs]
+    rows, kind_D = np.unique(table, axis=0, return_inverse=True)
+    of = [tuple(np.flatnonzero(kind_D.ravel() == j).tolist()) for j in range(len(rows))]
+    kinds = [
+        Kind(room, read, int(slots), devices) for (room, read, slots), devices in zip(rows.tolist(), of, strict=True)
+    ]
     return [kind for kind in kinds if kind.held > 0 and kind.room > kind.read]
 
 

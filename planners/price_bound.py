@@ -11,7 +11,7 @@ import numpy as np
 
 from .fields import FloatArray, IntArray
 from .piece_prices import LATTICE, Prices, kinds_at
-from .price_program import Trial, best_prices
+from .price_program import Priced, Trial, best_prices
 from .units import LayerProblem
 
 FIRST_CORNERS = 80
@@ -48,8 +48,10 @@ class Pricing:
         self._bends: tuple[Trial, IntArray] | None = None
         self._part = FIRST_PART
 
-    def bound(self, layer: LayerProblem, known_s: float, cost_s: float) -> float:
+    def bound(self, layer: LayerProblem, known_s: float, cost_s: float) -> tuple[float, list[Priced]]:
         """``known_s``, or a larger time in which no placement serves the layer's mean loads.
+
+        Also what was found on the way, nearest to the bound first: `recipe` makes layouts of it.
 
         Parameters
         ----------
@@ -61,13 +63,16 @@ class Pricing:
         low_s = known_s
         time_s = cost_s * self._part
         slope, before = -ELASTICITY, (0.0, 0.0)
+        found: list[Priced] = []
         for _ in range(PROGRAMS):
             time_s = min(max(time_s, known_s), cost_s)
             trial = trial_at(layer, layer.tokens_U, layer.base_D, time_s)
             if trial is None:
-                return low_s
-            ratio, prices = best_prices(trial, self._first(trial))
-            self._learn(trial, prices)
+                break
+            priced = best_prices(trial, self._first(trial))
+            found.append(priced)
+            ratio = priced.ratio
+            self._learn(priced)
             low_s = max(low_s, self._refuted(layer, time_s, ratio, low_s))
             if abs(ratio - 1.0) < NEAR or (ratio < 1.0 and time_s <= known_s):
                 break
@@ -76,7 +81,7 @@ class Pricing:
             before = time_s, ratio
             time_s *= 1.0 + (1.0 - ratio) / slope
         self._part = low_s / cost_s
-        return min(low_s, cost_s)
+        return min(low_s, cost_s), sorted(found, key=lambda priced: abs(priced.ratio - 1.0))
 
     def _first(self, trial: Trial) -> Prices:
         """Corners, and prices to begin with: those of the layer before, or in proportion to tokens and reading."""
@@ -89,7 +94,8 @@ class Pricing:
         bends = np.rint(np.interp(self._bends[1], self._bends[0].marks, trial.marks)).astype(np.int64)
         return carried(*self._known, trial, np.unique(np.concatenate((even, trial.marks, bends))))
 
-    def _learn(self, trial: Trial, prices: Prices) -> None:
+    def _learn(self, priced: Priced) -> None:
+        trial, prices = priced.trial, priced.prices
         if self._bends is None or len(self._bends[0].marks) != len(trial.marks):
             slope = np.diff(prices.price_K) / np.diff(prices.at_K)
             self._bends = trial, prices.at_K[1:-1][np.abs(np.diff(slope)) > 1e-7]

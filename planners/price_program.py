@@ -27,6 +27,10 @@ GROUP = 16
 """Units above this part of the largest piece have a column each, others one for so many of alike size."""
 
 
+Pieces = tuple[float, ...]
+"""Sizes in lattice points, largest first."""
+
+
 @dataclass(frozen=True, eq=False)
 class Trial:
     """A time in question.
@@ -65,10 +69,33 @@ class Trial:
         return float(Cuts(prices, self.size_U).least_U.sum()) / capacity if capacity > 0.0 else 0.0
 
 
-def best_prices(trial: Trial, first: Prices) -> tuple[float, Prices]:
-    """Prices on the corners of ``first`` with nearly the largest ratio, and that ratio."""
+@dataclass(frozen=True, eq=False)
+class Priced:
+    """Nearly the best prices at a trial time, and what the program's other side says.
+
+    Parameters
+    ----------
+    trial : Trial
+    ratio : float
+        As in `Trial.ratio`.
+    prices : Prices
+    bundles : list
+        For each kind of devices, what they hold in the relaxation, and how many of them hold it.
+    cuts : dict
+        For units of a column of their own, the cut that most of it takes.
+    """
+
+    trial: Trial
+    ratio: float
+    prices: Prices
+    bundles: list[list[tuple[Pieces, float]]]
+    cuts: dict[int, Pieces]
+
+
+def best_prices(trial: Trial, first: Prices) -> Priced:
+    """Prices on the corners of ``first`` with nearly the largest ratio."""
     program = _Program(trial, len(first.at_K))
-    best, best_prices, prices = 0.0, first, first
+    best, found, prices = 0.0, first, first
     limit, limit_K = np.inf, first.price_K
     for _ in range(ROUNDS):
         held = [prices.most_held(kind, trial.step) for kind in trial.kinds]
@@ -76,17 +103,18 @@ def best_prices(trial: Trial, first: Prices) -> tuple[float, Prices]:
         capacity = sum(kind.count * float(worth.max()) for kind, (worth, _) in zip(trial.kinds, held, strict=True))
         ratio = float(cuts.least_U.sum()) / capacity if capacity > 0.0 else 0.0
         if ratio > best:
-            best, best_prices = ratio, Prices(first.at_K, prices.price_K * (program.devices / capacity))
+            best, found = ratio, Prices(first.at_K, prices.price_K * (program.devices / capacity))
         if limit - best < TOLERANCE:
             break
         if program.add([weight_BK for _, weight_BK in held], cuts):
             limit, limit_K = program.solve()
-            prices = Prices(first.at_K, MIX * limit_K + (1.0 - MIX) * best_prices.price_K)
+            prices = Prices(first.at_K, MIX * limit_K + (1.0 - MIX) * found.price_K)
         elif prices.price_K is limit_K:
             break
         else:
             prices = Prices(first.at_K, limit_K)
-    return best, best_prices
+    bundles, taken = program.primal(first.at_K)
+    return Priced(trial, best, found, bundles, taken)
 
 
 class _Program:
@@ -99,6 +127,7 @@ class _Program:
         self.first_G = np.concatenate((np.arange(0, small, GROUP), np.arange(small, len(self.order))))
         self.columns = corners + self.kinds + len(self.first_G)
         self.solution: FloatArray | None = None
+        self.made: list[FloatArray] = []
         value = np.zeros(self.columns)
         value[corners + self.kinds :] = 1.0
         self.highs = highspy.Highs()
@@ -139,6 +168,7 @@ class _Program:
             every = every[every @ self.solution > 1e-6]
         if len(every):
             self._rows(every, np.zeros(len(every)))
+            self.made.extend(every)
         return len(every)
 
     def solve(self) -> tuple[float, FloatArray]:
@@ -147,3 +177,32 @@ class _Program:
         self.solution = np.array(self.highs.getSolution().col_value)
         value = float(self.highs.getInfo().objective_function_value) / self.devices
         return value, np.maximum.accumulate(np.maximum(self.solution[: self.corners], 0.0))
+
+    def primal(self, at_K: IntArray) -> tuple[list[list[tuple[Pieces, float]]], dict[int, Pieces]]:
+        """Bundles of every kind, how many devices hold them, and cuts of units: the rows with a dual value."""
+        bundles: list[list[tuple[Pieces, float]]] = [[] for _ in range(self.kinds)]
+        most, cuts = dict[int, float](), dict[int, Pieces]()
+        if self.solution is None:
+            return bundles, cuts
+        dual = np.abs(np.array(self.highs.getSolution().row_dual))[-len(self.made) :]
+        size_G = np.diff(np.append(self.first_G, len(self.order)))
+        for at in np.flatnonzero(dual > 1e-7).tolist():
+            row, times = self.made[at], float(dual[at])
+            pieces = _pieces(np.abs(row[: self.corners]), at_K)
+            column = int(np.flatnonzero(row[self.corners :])[0])
+            group = column - self.kinds
+            if group < 0:
+                bundles[column].append((pieces, times))
+            elif size_G[group] == 1 and times > most.get(unit := int(self.order[self.first_G[group]]), 0.0):
+                most[unit], cuts[unit] = times, pieces
+        return bundles, cuts
+
+
+def _pieces(weight_K: FloatArray, at_K: IntArray) -> Pieces:
+    """Pieces on corners, and the last between two of them."""
+    whole_K = np.floor(weight_K + 1e-9)
+    part_K = weight_K - whole_K
+    pieces = np.repeat(at_K, whole_K.astype(np.int64)).astype(np.float64).tolist()
+    if part_K.sum() > 0.5:
+        pieces.append(float(part_K @ at_K))
+    return tuple(sorted(pieces, reverse=True))

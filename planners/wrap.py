@@ -45,7 +45,7 @@ def wrapped(layer: LayerProblem, wrap: Wrap) -> Layout | None:
     for d in work.order:
         work.fill(d)
     work.cut()
-    return work.rest()
+    return with_rest(layer, work.given, work.items)
 
 
 @dataclass(slots=True)
@@ -188,24 +188,27 @@ class _Wrapping:
             return rest
         return None
 
-    def rest(self) -> Layout | None:
-        """Whatever found no place goes where it finishes first."""
-        layer = self.layer
-        unit, device, tokens = (list(column) for column in zip(*self.given, strict=True))
-        work_D = np.bincount(device, weights=tokens, minlength=layer.devices) * layer.token_s_D
-        count_D = np.bincount(device, minlength=layer.devices)
-        time_D = layer.base_D + work_D + count_D * layer.read_UD[0]
-        has_UD = np.zeros((layer.units, layer.devices), dtype=np.bool_)
-        has_UD[unit, device] = True
-        for t, u in reversed(self.items):
-            then_D = time_D + t * layer.token_s_D + layer.read_UD[u]
-            then_D[(count_D >= layer.slots_D) | has_UD[u]] = np.inf
-            d = int(then_D.argmin())
-            if not np.isfinite(then_D[d]):
-                return None
-            time_D[d], has_UD[u, d] = then_D[d], True
-            count_D[d] += 1
-            unit.append(u)
-            device.append(d)
-            tokens.append(t)
-        return Layout(np.array(unit), np.array(device), np.array(tokens))
+
+def with_rest(layer: LayerProblem, given: list[tuple[int, int, float]], rest: list[Item]) -> Layout | None:
+    """Pieces (unit, device, tokens), and whatever found no place where it finishes first, the largest first.
+
+    None if slots run out; for plain layers.
+    """
+    unit, device, tokens = (list(column) for column in zip(*given, strict=True))
+    work_D = np.bincount(device, weights=tokens, minlength=layer.devices) * layer.token_s_D
+    count_D = np.bincount(device, minlength=layer.devices)
+    time_D = layer.base_D + work_D + count_D * layer.read_UD[0]
+    has_UD = np.zeros((layer.units, layer.devices), dtype=np.bool_)
+    has_UD[unit, device] = True
+    for t, u in sorted(rest, reverse=True):
+        then_D = time_D + t * layer.token_s_D + layer.read_UD[u]
+        then_D[(count_D >= layer.slots_D) | has_UD[u]] = np.inf
+        d = int(then_D.argmin())
+        if not np.isfinite(then_D[d]):
+            return None
+        time_D[d], has_UD[u, d] = then_D[d], True
+        count_D[d] += 1
+        unit.append(u)
+        device.append(d)
+        tokens.append(t)
+    return Layout(np.array(unit), np.array(device), np.array(tokens))

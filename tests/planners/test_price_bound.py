@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from concertina.planners.bounds import count_bound
+from concertina.planners.improve import Search
 from concertina.planners.layer_search import LayerSearch
 from concertina.planners.params import Params
 from concertina.planners.piece_cuts import Cuts
@@ -14,11 +15,13 @@ from concertina.planners.piece_prices import LATTICE, Kind, Prices
 from concertina.planners.price_bound import Pricing, trial_at
 from concertina.planners.price_program import best_prices
 from concertina.planners.problem import Objective
+from concertina.planners.recipe import OFFSETS, followed, rounded
 from concertina.planners.units import layer_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from .instances import problem
+from .test_search import sound
 from .test_value_bound import optimum
 
 
@@ -37,7 +40,7 @@ prices = st.builds(some_prices, st.integers(0, 10**6), st.integers(2, 7))
 @given(prices, st.floats(0.1, 1.0), st.floats(0.0, 0.9), st.integers(1, 4), st.integers(0, 10**6))
 def test_no_device_holds_more_than_said(p: Prices, single: float, read: float, slots: int, seed: int) -> None:
     """Against all choices of corners with one piece of the rest, and pieces at random."""
-    kind = Kind((single + read) * LATTICE, read * LATTICE, slots, 1)
+    kind = Kind((single + read) * LATTICE, read * LATTICE, slots, (0,))
     worth_B, weight_BK = p.most_held(kind, 1.0)
     np.testing.assert_allclose(weight_BK @ p.price_K, worth_B, atol=1e-9)
     best = 0.0
@@ -86,7 +89,7 @@ def test_no_placement_beats_the_bound(speeds: list[float]) -> None:
         p = problem(tokens, speeds, 2, expert_bytes=12.0)
         layer = layer_problem(p, 0)
         known_s, best_s = count_bound(layer, layer.tokens_U, layer.base_D), optimum(p)
-        bound_s = pricing.bound(layer, known_s, best_s * 1.1)
+        bound_s, _ = pricing.bound(layer, known_s, best_s * 1.1)
         assert known_s <= bound_s <= best_s * (1 + 1e-9)
         raised += bound_s > known_s * 1.001
     assert raised > 0
@@ -110,6 +113,25 @@ def test_prices_raise_the_bound_where_devices_hold_two_or_three(mixed: bool) -> 
         assert counted_s * 1.001 < search.bound_s <= search.cost_s
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_layouts_after_the_relaxation_are_sound_and_good(mixed: bool) -> None:
+    """Every offset of rounding keeps slots and tokens; searched, the best is within 2 % of the bound."""
+    search = layer_of(1, mixed)
+    layer = search.layer
+    search.advance(0.0)
+    bound_s, found = Pricing().bound(layer, search.bound_s, search.cost_s)
+    times = []
+    for priced in found:
+        for offset in OFFSETS:
+            layout = followed(layer, priced, offset)
+            if layout is not None:
+                sound(layer, layout)
+                local = Search(layer, layout)
+                local.run(bound_s, 0.0, 200)
+                times.append(local.time_s)
+    assert bound_s <= min(times) <= bound_s * 1.02
+
+
 def test_the_program_ends_near_its_value() -> None:
     """Better prices than in proportion to tokens and reading, the same every time."""
     layer = layer_of(0, True).layer
@@ -117,7 +139,15 @@ def test_the_program_ends_near_its_value() -> None:
     assert trial is not None
     at_K = np.unique(np.append(np.arange(0, LATTICE + 1, 6), trial.marks))
     first = Prices(at_K, at_K * trial.step + min(kind.read for kind in trial.kinds))
-    ratio, found = best_prices(trial, first)
-    assert ratio > trial.ratio(first)
-    assert trial.ratio(found) == pytest.approx(ratio, rel=1e-9)
-    assert best_prices(trial, first)[0] == ratio
+    found = best_prices(trial, first)
+    assert found.ratio > trial.ratio(first)
+    assert trial.ratio(found.prices) == pytest.approx(found.ratio, rel=1e-9)
+    assert best_prices(trial, first).ratio == found.ratio
+    for kind, bundles in zip(trial.kinds, found.bundles, strict=True):
+        assert sum(times for _, times in bundles) == pytest.approx(kind.count * found.ratio, rel=2e-3)
+        for pieces, _ in bundles:
+            assert sum(pieces) * trial.step + len(pieces) * kind.read <= kind.room * (1 + 1e-9)
+        for offset in OFFSETS:
+            assert len(rounded(bundles, kind.count, offset)) <= kind.count
+    for unit, pieces in found.cuts.items():
+        assert sum(pieces) == pytest.approx(trial.size_U[unit])
