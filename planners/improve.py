@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -16,8 +17,12 @@ from .fields import BoolArray, FloatArray, IntArray
 from .layout import Layout
 from .repartition import MOST_FREE, best_deal, best_trio
 from .search_state import SearchState
+from .trios import best_of_trios
 from .units import LayerProblem
 
+FEW_HELD = 3
+PARTNERS = 12
+"""Replicas of the slowest device up to which it is re-partitioned with pairs of so many others at once."""
 MOST_FROM = 64
 """Replicas of the slowest component that one round looks at."""
 
@@ -71,6 +76,7 @@ class Search(SearchState):
             or self._move(time_D, inside_D, device_R, tokens_R, from_I)
             or self._deal(time_D, inside_D, slowest)
             or self._probe()
+            or self._trios(time_D, inside_D, slowest)
             or self._trio(time_D, inside_D, slowest)
             or self._add(time_D, inside_D, device_R, tokens_R, from_I)
         )
@@ -195,6 +201,23 @@ class Search(SearchState):
         self.put(q, a, b)
         flow.amount, flow.time = amount, time
         return False
+
+    def _trios(self, time_D: FloatArray, inside_D: BoolArray, slowest: int) -> bool:
+        """Re-partition the slowest device and two others exactly, for many random pairs: where devices hold few."""
+        outside = np.flatnonzero(~inside_D & (time_D < self.time_s)).tolist()
+        few = len(self.flow.on[slowest]) <= FEW_HELD and len(outside) > 1
+        if not self.layer.plain or not few:
+            return False
+        chosen = self.random.sample(outside, min(PARTNERS, len(outside)))
+        weight_D = 1.0 / self.layer.token_s_D
+        relief = float(weight_D[slowest] / weight_D[inside_D].sum())
+        dealt = best_of_trios(self.layer, self.flow, slowest, list(combinations(chosen, 2)), relief)
+        if dealt is None:
+            return False
+        for r, a, b in dealt.moves:
+            self.put(r, a, b)
+        self.rebalance(*sorted({d for _, *ends in dealt.moves for d in ends}))
+        return True
 
     def _trio(self, time_D: FloatArray, inside_D: BoolArray, slowest: int) -> bool:
         """Re-partition the slowest device and two others exactly, for a few random pairs with slack."""

@@ -22,7 +22,10 @@ def kicked(layer: LayerProblem, layout: Layout, choose: random.Random) -> Layout
     """
     time_D = device_time_D(layer, layout)
     fast = np.argsort(time_D, kind="stable")[: max(3, layer.devices // 4)].tolist()
-    chosen = {int(time_D.argmax()), *choose.sample(fast, min(len(fast), choose.choice(DEVICES) - 1))}
+    slowest = int(time_D.argmax())
+    near = np.flatnonzero((time_D > 0.98 * time_D[slowest]) & (np.arange(layer.devices) != slowest)).tolist()
+    some = near if len(near) >= 3 and choose.random() < 0.7 else fast
+    chosen = {slowest, *choose.sample(some, min(len(some), choose.choice(DEVICES) - 1))}
     dealt = [r for r in range(len(layout.unit_R)) if int(layout.device_R[r]) in chosen]
     dealt.sort(key=lambda r: -float(layout.tokens_R[r]) * choose.uniform(1 - NOISE, 1 + NOISE))
     left = {d: int(layer.slots_D[d]) for d in sorted(chosen)}

@@ -22,7 +22,7 @@ from .layout import Layout
 from .params import Params
 from .price_bound import Pricing
 from .problem import Objective
-from .recipe import OFFSETS, followed
+from .recipe import TRIES, followed
 from .risk import risk
 from .robust import RobustSearch
 from .units import LayerProblem
@@ -49,7 +49,7 @@ MOVES = 25
 """Moves over all cases in one piece of work."""
 FRESH = 5
 """Fresh layouts before every other piece of work disturbs the best one instead."""
-UNPRICED = 2
+UNPRICED = 1
 """Pieces of work before a better bound is sought, where reading is heavy."""
 PATIENCE = 8
 """Pieces of work without success after which a layer is given up, once fresh layouts are used up."""
@@ -177,9 +177,9 @@ class LayerSearch:
         self._pricing = None
         moved_s = moved_cost(self.layer, self.best) if self.best is not None else 0.0
         bound_s, found = pricing.bound(self.layer, self.mean_bound_s, self.cost_s - moved_s)
-        if bound_s > self.mean_bound_s:
+        if found:
             self.bound_s = self.mean_bound_s = bound_s
-            recipes = (partial(followed, self.layer, priced, offset) for offset in OFFSETS for priced in found)
+            recipes = (partial(followed, self.layer, priced, *way) for way in TRIES for priced in found)
             self._todo = chain(recipes, attempts(self.layer, bound_s))
 
     def _kicks(self) -> bool:

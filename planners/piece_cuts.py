@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from .fields import FloatArray, IntArray
 from .piece_prices import LATTICE, MOST_PIECES, Prices
+
+TIE = 1e-9
+"""Relative gain below which a unit stays whole."""
 
 
 class Cuts:
@@ -26,11 +30,13 @@ class Cuts:
         self.whole_U: FloatArray = np.where(fits_U, prices.at(size_U), np.inf)
         below_U = np.maximum(np.ceil(size_U).astype(np.int64) - 1, 0)
         part_U = (size_U - below_U)[:, None]
-        last_UN = (1.0 - part_U) * prices.price_N[:-1] + part_U * prices.price_N[1:]
-        padded = np.concatenate((np.full(LATTICE, np.inf), self._table))
-        total_UN = padded[(below_U + LATTICE)[:, None] - np.arange(LATTICE)] + last_UN
+        falling_N = prices.price_N[::-1]
+        padded = np.concatenate((np.full(LATTICE - 1, np.inf), self._table))
+        total_UN = sliding_window_view(padded, LATTICE)[below_U]
+        total_UN += part_U * (falling_N[:-1] - falling_N[1:])
+        total_UN += falling_N[1:]
         best_U = total_UN.argmin(axis=1)
-        self.sum_U: IntArray = below_U - best_U
+        self.sum_U: IntArray = below_U - (LATTICE - 1) + best_U
         cut_U = total_UN[np.arange(len(size_U)), best_U]
         self.worth_U: FloatArray = np.minimum(self.whole_U, cut_U)
         self.least_U: FloatArray = self.worth_U if self._closed else np.minimum(self.worth_U, self._line_U())
@@ -44,7 +50,7 @@ class Cuts:
 
     def weights(self) -> FloatArray:
         """How often every corner's price counts in every unit's worth, shape (U, K)."""
-        cut_U = self.worth_U < self.whole_U
+        cut_U = self.worth_U < self.whole_U * (1.0 - TIE)
         weight_UK = self.prices.weights(np.where(cut_U, self.size_U - self.sum_U, self.size_U))
         for u in np.flatnonzero(cut_U).tolist():
             np.add.at(weight_UK[u], self._corners_of(int(self.sum_U[u])), 1.0)

@@ -19,14 +19,18 @@ CORNERS = 20
 """Corners beside `Trial.marks` for a first layer, and for later ones beside those at which the first's prices bend."""
 MOST_KINDS = 6
 """Kinds of devices up to which the bound is sought."""
-PROGRAMS = 3
+PROGRAMS = 4
 """Times at which prices are sought, each nearer to the largest that they refute."""
 NEAR = 1.5e-3
 """Relative distance between times within which prices are as good for both."""
+AIM = 5e-4
+"""Times are sought whose ratio is that much above 1: at 1 and below nothing is refuted."""
 ELASTICITY = 1.2
 """Relative fall of the ratio for a relative growth of the time, as a first guess."""
-FIRST_PART = 0.99
-"""Bound over cost to begin with; later that of the layer before."""
+FIRST_PART = 0.98
+"""Part of a placement's time at which the search begins in a first layer."""
+ROUGH, FINE = 2e-3, 4e-4
+"""Distances to the best ratio at the first time, which only says where to look next, and at later ones."""
 SAFE = 1.0 - 1e-9
 """Factor on ratios, so that rounding never refutes a time that a placement reaches."""
 
@@ -46,7 +50,7 @@ class Pricing:
     def __init__(self) -> None:
         self._known: tuple[Trial, Prices] | None = None
         self._bends: tuple[Trial, IntArray] | None = None
-        self._part = FIRST_PART
+        self._lift = 1.0
 
     def bound(self, layer: LayerProblem, known_s: float, cost_s: float) -> tuple[float, list[Priced]]:
         """``known_s``, or a larger time in which no placement serves the layer's mean loads.
@@ -61,7 +65,7 @@ class Pricing:
             A bound, and the time of a placement: the answer lies between them.
         """
         low_s = known_s
-        time_s = cost_s * self._part
+        time_s = known_s * self._lift if self._known is not None else FIRST_PART * cost_s
         slope, before = -ELASTICITY, (0.0, 0.0)
         found: list[Priced] = []
         for _ in range(PROGRAMS):
@@ -69,18 +73,18 @@ class Pricing:
             trial = trial_at(layer, layer.tokens_U, layer.base_D, time_s)
             if trial is None:
                 break
-            priced = best_prices(trial, self._first(trial))
+            priced = best_prices(trial, self._first(trial), ROUGH if not found else FINE)
             found.append(priced)
-            ratio = priced.ratio
+            ratio = priced.ratio if found[1:] else priced.estimate
             self._learn(priced)
-            low_s = max(low_s, self._refuted(layer, time_s, ratio, low_s))
-            if abs(ratio - 1.0) < NEAR or (ratio < 1.0 and time_s <= known_s):
+            low_s = max(low_s, self._refuted(layer, time_s, priced.ratio, low_s))
+            if 0.0 <= priced.ratio - 1.0 < NEAR or (ratio < 1.0 and time_s <= known_s):
                 break
             if before[0] > 0.0 and time_s != before[0]:
                 slope = min(-0.5, max(-5.0, (ratio - before[1]) / (time_s / before[0] - 1.0)))
             before = time_s, ratio
-            time_s *= 1.0 + (1.0 - ratio) / slope
-        self._part = low_s / cost_s
+            time_s *= 1.0 + (1.0 + AIM - ratio) / slope
+        self._lift = low_s / known_s
         return min(low_s, cost_s), sorted(found, key=lambda priced: abs(priced.ratio - 1.0))
 
     def _first(self, trial: Trial) -> Prices:
@@ -107,7 +111,7 @@ class Pricing:
         trial, prices = self._known
         found_s = time_s if ratio * SAFE > 1.0 else least_s
         slope = -ELASTICITY
-        for _ in range(4):
+        for _ in range(2):
             then_s = time_s * (1.0 + (1.0 + 1e-5 - ratio) / slope)
             if then_s <= least_s or abs(then_s / time_s - 1.0) < 1e-5:
                 break

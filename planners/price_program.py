@@ -18,9 +18,9 @@ from .piece_prices import LATTICE, Kind, Prices
 
 highspy: Any = _highspy  # its functions carry no annotations
 ROUNDS = 30
-TOLERANCE = 3e-4
+TOLERANCE = 6e-4
 """Rounds of making rows, and the distance to the program's value at which they stop."""
-MIX = 0.5
+MIX = 0.3
 """Rows are made at prices between the best ones and the program's, which jump about in the first rounds."""
 BIG = 0.6
 GROUP = 16
@@ -78,6 +78,8 @@ class Priced:
     trial : Trial
     ratio : float
         As in `Trial.ratio`.
+    estimate : float
+        What the program's value may be.
     prices : Prices
     bundles : list
         For each kind of devices, what they hold in the relaxation, and how many of them hold it.
@@ -87,12 +89,13 @@ class Priced:
 
     trial: Trial
     ratio: float
+    estimate: float
     prices: Prices
     bundles: list[list[tuple[Pieces, float]]]
     cuts: dict[int, Pieces]
 
 
-def best_prices(trial: Trial, first: Prices) -> Priced:
+def best_prices(trial: Trial, first: Prices, tolerance: float = TOLERANCE) -> Priced:
     """Prices on the corners of ``first`` with nearly the largest ratio."""
     program = _Program(trial, len(first.at_K))
     best, found, prices = 0.0, first, first
@@ -104,7 +107,7 @@ def best_prices(trial: Trial, first: Prices) -> Priced:
         ratio = float(cuts.least_U.sum()) / capacity if capacity > 0.0 else 0.0
         if ratio > best:
             best, found = ratio, Prices(first.at_K, prices.price_K * (program.devices / capacity))
-        if limit - best < TOLERANCE:
+        if limit - best < tolerance:
             break
         if program.add([weight_BK for _, weight_BK in held], cuts):
             limit, limit_K = program.solve()
@@ -114,7 +117,7 @@ def best_prices(trial: Trial, first: Prices) -> Priced:
         else:
             prices = Prices(first.at_K, limit_K)
     bundles, taken = program.primal(first.at_K)
-    return Priced(trial, best, found, bundles, taken)
+    return Priced(trial, best, min(limit, best + tolerance), found, bundles, taken)
 
 
 class _Program:

@@ -15,7 +15,7 @@ from concertina.planners.piece_prices import LATTICE, Kind, Prices
 from concertina.planners.price_bound import Pricing, trial_at
 from concertina.planners.price_program import best_prices
 from concertina.planners.problem import Objective
-from concertina.planners.recipe import OFFSETS, followed, rounded
+from concertina.planners.recipe import TRIES, followed, rounded
 from concertina.planners.units import layer_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -122,8 +122,8 @@ def test_layouts_after_the_relaxation_are_sound_and_good(mixed: bool) -> None:
     bound_s, found = Pricing().bound(layer, search.bound_s, search.cost_s)
     times = []
     for priced in found:
-        for offset in OFFSETS:
-            layout = followed(layer, priced, offset)
+        for offset, above in TRIES:
+            layout = followed(layer, priced, offset, above)
             if layout is not None:
                 sound(layer, layout)
                 local = Search(layer, layout)
@@ -147,7 +147,7 @@ def test_the_program_ends_near_its_value() -> None:
         assert sum(times for _, times in bundles) == pytest.approx(kind.count * found.ratio, rel=2e-3)
         for pieces, _ in bundles:
             assert sum(pieces) * trial.step + len(pieces) * kind.read <= kind.room * (1 + 1e-9)
-        for offset in OFFSETS:
+        for offset, _ in TRIES:
             assert len(rounded(bundles, kind.count, offset)) <= kind.count
     for unit, pieces in found.cuts.items():
         assert sum(pieces) == pytest.approx(trial.size_U[unit])
