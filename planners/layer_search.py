@@ -25,6 +25,7 @@ from .problem import Objective
 from .recipe import TRIES, followed
 from .risk import risk
 from .robust import RobustSearch
+from .singles import applies, best_singles
 from .units import LayerProblem
 from .wrap import Wrap, wrapped
 
@@ -146,7 +147,8 @@ class LayerSearch:
         self._random = random.Random(params.seed + layer.layer)
         self._idle = 0
         heavy = float(layer.read_UD.min()) > HEAVY * self.bound_s
-        self._pricing = (pricing or Pricing()) if alone and layer.plain and heavy else None
+        self._one_each = alone and applies(layer)
+        self._pricing = (pricing or Pricing()) if alone and layer.plain and heavy and not self._one_each else None
         if start is not None:
             self._try(start)
 
@@ -158,6 +160,9 @@ class LayerSearch:
     def advance(self, gap: float) -> None:
         """Make and improve one more attempt; sets ``exhausted`` after the last."""
         self.pieces += 1
+        if self._one_each and self.best is not None:
+            self._exactly()
+            return
         if self._pricing is not None and self.pieces > UNPRICED and self.best is not None:
             self._tighten(self._pricing)
             return
@@ -171,6 +176,15 @@ class LayerSearch:
         layout = attempt()
         if layout is not None:
             self._try(layout, gap)
+
+    def _exactly(self) -> None:
+        """One slot per device: the answer and its proof, once."""
+        self._one_each = False
+        moved_s = moved_cost(self.layer, self.best) if self.best is not None else 0.0
+        self.bound_s, layout = best_singles(self.layer, self.bound_s, self.cost_s - moved_s)
+        self.mean_bound_s = self.bound_s
+        if layout is not None:
+            self._try(layout)
 
     def _tighten(self, pricing: Pricing) -> None:
         """Seek a better bound once, and aim first layouts at it if it is one."""
