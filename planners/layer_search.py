@@ -14,6 +14,7 @@ from .assemble import shares_R, without_idle
 from .bounds import case_bound, replicas_needed, step_bound
 from .construct import Greed, longest_first, water_filled
 from .cost import Replicas, case_times_CD
+from .exact import Exact, exact_method
 from .fields import FloatArray
 from .fill import Target, cut_for, filled
 from .improve import Search
@@ -25,7 +26,6 @@ from .problem import Objective
 from .recipe import TRIES, followed
 from .risk import risk
 from .robust import RobustSearch
-from .singles import applies, best_singles
 from .units import LayerProblem
 from .wrap import Wrap, wrapped
 
@@ -147,8 +147,8 @@ class LayerSearch:
         self._random = random.Random(params.seed + layer.layer)
         self._idle = 0
         heavy = float(layer.read_UD.min()) > HEAVY * self.bound_s
-        self._one_each = alone and applies(layer)
-        self._pricing = (pricing or Pricing()) if alone and layer.plain and heavy and not self._one_each else None
+        self._exact = exact_method(layer) if alone else None
+        self._pricing = (pricing or Pricing()) if alone and layer.plain and heavy and self._exact is None else None
         if start is not None:
             self._try(start)
 
@@ -160,8 +160,8 @@ class LayerSearch:
     def advance(self, gap: float) -> None:
         """Make and improve one more attempt; sets ``exhausted`` after the last."""
         self.pieces += 1
-        if self._one_each and self.best is not None:
-            self._exactly()
+        if self._exact is not None:
+            self._exactly(self._exact)
             return
         if self._pricing is not None and self.pieces > UNPRICED and self.best is not None:
             self._tighten(self._pricing)
@@ -177,11 +177,16 @@ class LayerSearch:
         if layout is not None:
             self._try(layout, gap)
 
-    def _exactly(self) -> None:
-        """One slot per device: the answer and its proof, once."""
-        self._one_each = False
-        moved_s = moved_cost(self.layer, self.best) if self.best is not None else 0.0
-        self.bound_s, layout = best_singles(self.layer, self.bound_s, self.cost_s - moved_s)
+    def _exactly(self, method: Exact) -> None:
+        """A kind of layer for which there is an answer with its proof, or nearly: ask for it once, from any layout."""
+        self._exact = None
+        first = next((layout for layout in (attempt() for attempt in self._todo) if layout is not None), None)
+        if self.best is None and first is not None:
+            self.offer(first)
+        if self.best is None:
+            return
+        moved_s = moved_cost(self.layer, self.best)
+        self.bound_s, layout = method(self.bound_s, self.cost_s - moved_s)
         self.mean_bound_s = self.bound_s
         if layout is not None:
             self._try(layout)
