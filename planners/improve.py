@@ -21,8 +21,9 @@ from .trios import best_of_trios
 from .units import LayerProblem
 
 FEW_HELD = 3
+MEMBERS = 4
 PARTNERS = 12
-"""Replicas of the slowest device up to which it is re-partitioned with pairs of so many others at once."""
+"""Replicas up to which so many devices of the slowest component are re-partitioned with pairs of so many others."""
 MOST_FROM = 64
 """Replicas of the slowest component that one round looks at."""
 
@@ -76,7 +77,7 @@ class Search(SearchState):
             or self._move(time_D, inside_D, device_R, tokens_R, from_I)
             or self._deal(time_D, inside_D, slowest)
             or self._probe()
-            or self._trios(time_D, inside_D, slowest)
+            or self._trios(time_D, inside_D)
             or self._trio(time_D, inside_D, slowest)
             or self._add(time_D, inside_D, device_R, tokens_R, from_I)
         )
@@ -202,22 +203,23 @@ class Search(SearchState):
         flow.amount, flow.time = amount, time
         return False
 
-    def _trios(self, time_D: FloatArray, inside_D: BoolArray, slowest: int) -> bool:
-        """Re-partition the slowest device and two others exactly, for many random pairs: where devices hold few."""
+    def _trios(self, time_D: FloatArray, inside_D: BoolArray) -> bool:
+        """Re-partition a device of the component and two others exactly, for many random pairs: where they hold few."""
         outside = np.flatnonzero(~inside_D & (time_D < self.time_s)).tolist()
-        few = len(self.flow.on[slowest]) <= FEW_HELD and len(outside) > 1
-        if not self.layer.plain or not few:
+        inside = [d for d in np.flatnonzero(inside_D).tolist() if 1 < len(self.flow.on[d]) <= FEW_HELD]
+        if not self.layer.plain or not inside or len(outside) < 2:
             return False
-        chosen = self.random.sample(outside, min(PARTNERS, len(outside)))
+        pairs = list(combinations(self.random.sample(outside, min(PARTNERS, len(outside))), 2))
         weight_D = 1.0 / self.layer.token_s_D
-        relief = float(weight_D[slowest] / weight_D[inside_D].sum())
-        dealt = best_of_trios(self.layer, self.flow, slowest, list(combinations(chosen, 2)), relief)
-        if dealt is None:
-            return False
-        for r, a, b in dealt.moves:
-            self.put(r, a, b)
-        self.rebalance(*sorted({d for _, *ends in dealt.moves for d in ends}))
-        return True
+        for a in self.random.sample(inside, min(MEMBERS, len(inside))):
+            relief = float(weight_D[a] / weight_D[inside_D].sum())
+            dealt = best_of_trios(self.layer, self.flow, a, pairs, relief)
+            if dealt is not None:
+                for r, x, y in dealt.moves:
+                    self.put(r, x, y)
+                self.rebalance(*sorted({d for _, *ends in dealt.moves for d in ends}))
+                return True
+        return False
 
     def _trio(self, time_D: FloatArray, inside_D: BoolArray, slowest: int) -> bool:
         """Re-partition the slowest device and two others exactly, for a few random pairs with slack."""

@@ -11,7 +11,7 @@ from itertools import chain, islice, zip_longest
 import numpy as np
 
 from .assemble import shares_R, without_idle
-from .bounds import case_bound, replicas_needed, step_bound
+from .bounds import count_bound, replicas_needed, step_bound
 from .construct import Greed, longest_first, water_filled
 from .cost import Replicas, case_times_CD
 from .exact import Exact, exact_method
@@ -27,6 +27,7 @@ from .recipe import TRIES, followed
 from .risk import risk
 from .robust import RobustSearch
 from .units import LayerProblem
+from .value_bound import value_bound
 from .wrap import Wrap, wrapped
 
 GREEDS = (Greed(1.0), Greed(0.0, by_quota=False), Greed(0.0), Greed(0.5))
@@ -50,6 +51,8 @@ MOVES = 25
 """Moves over all cases in one piece of work."""
 FRESH = 5
 """Fresh layouts before every other piece of work disturbs the best one instead."""
+NEAR_BOUND = 5e-3
+"""Ratios from 1 within which the relaxation's answer is made layouts of."""
 UNPRICED = 1
 """Pieces of work before a better bound is sought, where reading is heavy."""
 PATIENCE = 8
@@ -134,9 +137,16 @@ class LayerSearch:
         self.layer = layer
         self.objective = objective
         self.params = params
-        self.bound_s = step_bound(layer, objective.tail, objective.split == "per_batch")
         alone = len(layer.tokens_CU) == 1
-        self.mean_bound_s = self.bound_s if alone else case_bound(layer, layer.tokens_U, layer.base_D)
+        self._exact = exact_method(layer) if alone else None
+        counted_s = count_bound(layer, layer.tokens_U, layer.base_D)
+        heavy = float(layer.read_UD.min()) > HEAVY * counted_s
+        priced = alone and layer.plain and heavy and self._exact is None
+        self._pricing = (pricing or Pricing()) if priced else None
+        self.mean_bound_s = counted_s if priced else value_bound(layer, layer.tokens_U, layer.base_D, counted_s)
+        self.bound_s = self.mean_bound_s
+        if not alone:
+            self.bound_s = step_bound(layer, objective.tail, objective.split == "per_batch")
         self.best: Layout | None = None
         self.cost_s = np.inf
         self.pieces = 0
@@ -146,9 +156,6 @@ class LayerSearch:
         self._robust: RobustSearch | None = None
         self._random = random.Random(params.seed + layer.layer)
         self._idle = 0
-        heavy = float(layer.read_UD.min()) > HEAVY * self.bound_s
-        self._exact = exact_method(layer) if alone else None
-        self._pricing = (pricing or Pricing()) if alone and layer.plain and heavy and self._exact is None else None
         if start is not None:
             self._try(start)
 
@@ -198,7 +205,8 @@ class LayerSearch:
         bound_s, found = pricing.bound(self.layer, self.mean_bound_s, self.cost_s - moved_s)
         if found:
             self.bound_s = self.mean_bound_s = bound_s
-            recipes = (partial(followed, self.layer, priced, *way) for way in TRIES for priced in found)
+            near = [priced for priced in found if abs(priced.ratio - 1.0) < NEAR_BOUND] or found[:1]
+            recipes = (partial(followed, self.layer, priced, *way) for way in TRIES for priced in near)
             self._todo = chain(recipes, attempts(self.layer, bound_s))
 
     def _kicks(self) -> bool:

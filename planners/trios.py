@@ -16,7 +16,7 @@ from .fields import FloatArray, IntArray
 from .flow import Flow
 from .units import LayerProblem
 
-MOST = 7
+MOST = 9
 """Replicas of three devices that are dealt out."""
 
 

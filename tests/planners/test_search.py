@@ -18,6 +18,7 @@ from concertina.planners.layout import Layout, device_time_D
 from concertina.planners.params import Params
 from concertina.planners.problem import Objective
 from concertina.planners.repartition import best_deal, best_trio
+from concertina.planners.trios import best_of_trios
 from concertina.planners.units import LayerProblem, layer_problem
 from concertina.planners.wrap import Wrap, wrapped
 from hypothesis import example, given, settings
@@ -193,3 +194,24 @@ def test_flow_finds_the_best_shares(seed: int, mixed: bool) -> None:
             fixed = sum((la.base_D[d] + read_D[d]) / la.token_s_D[d] for d in devices)
             least = max(least, (inside + fixed) / rate if inside else 0.0)
     assert time_D.max() == pytest.approx(max(least, float((la.base_D + read_D).max())), rel=1e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.booleans(), st.sampled_from([2.0, 20.0]))
+def test_the_best_of_many_trios_is_the_best_of_all_ways(seed: int, mixed: bool, size: float) -> None:
+    la = layer(seed, 7, 4, 3, size, mixed)
+    search = one_each(la)
+    a = int(np.argmax(search.flow.time))
+    pairs = list(itertools.combinations([d for d in range(4) if d != a], 2))
+    best, now = min(best_way(la, search, (a, b, c)) for b, c in pairs), search.time_s
+    dealt = best_of_trios(la, search.flow, a, pairs, relief=1.0)
+    if best < now * (1 - 1e-6):
+        assert dealt is not None and dealt.time_s == pytest.approx(best)
+        for r, x, y in dealt.moves:
+            search.put(r, x, y)
+        search.rebalance(*range(4))
+        sound(la, search.layout())
+        touched = {d for _, *ends in dealt.moves for d in ends} | {a}
+        assert max(search.flow.time[d] for d in touched) == pytest.approx(best)
+    else:
+        assert dealt is None
