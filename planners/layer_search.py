@@ -51,8 +51,6 @@ MOVES = 25
 """Moves over all cases in one piece of work."""
 FRESH = 5
 """Fresh layouts before every other piece of work disturbs the best one instead."""
-NEAR_BOUND = 5e-3
-"""Ratios from 1 within which the relaxation's answer is made layouts of."""
 UNPRICED = 1
 """Pieces of work before a better bound is sought, where reading is heavy."""
 PATIENCE = 8
@@ -205,8 +203,7 @@ class LayerSearch:
         bound_s, found = pricing.bound(self.layer, self.mean_bound_s, self.cost_s - moved_s)
         if found:
             self.bound_s = self.mean_bound_s = bound_s
-            near = [priced for priced in found if abs(priced.ratio - 1.0) < NEAR_BOUND] or found[:1]
-            recipes = (partial(followed, self.layer, priced, *way) for way in TRIES for priced in near)
+            recipes = (partial(followed, self.layer, priced, *way) for way in TRIES for priced in found)
             self._todo = chain(recipes, attempts(self.layer, bound_s))
 
     def _kicks(self) -> bool:

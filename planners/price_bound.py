@@ -25,6 +25,9 @@ NEAR = 1.5e-3
 """Relative distance between times within which prices are as good for both."""
 AIM = 5e-4
 """Times are sought whose ratio is that much above 1: at 1 and below nothing is refuted."""
+ABOVE, ROOMY = 4e-3, 0.985
+"""Where devices are to hold more than they can, as at the bound, layouts come out bad: a time that much above it is
+tried, unless one was whose ratio is between this and 1."""
 ELASTICITY = 1.2
 """Relative fall of the ratio for a relative growth of the time, as a first guess."""
 FIRST_PART = 0.98
@@ -55,7 +58,7 @@ class Pricing:
     def bound(self, layer: LayerProblem, known_s: float, cost_s: float) -> tuple[float, list[Priced]]:
         """``known_s``, or a larger time in which no placement serves the layer's mean loads.
 
-        Also what was found on the way, nearest to the bound first: `recipe` makes layouts of it.
+        Also what was found at times a little above the bound: `recipe` makes layouts of it.
 
         Parameters
         ----------
@@ -85,7 +88,11 @@ class Pricing:
             before = time_s, ratio
             time_s *= 1.0 + (1.0 + AIM - ratio) / slope
         self._lift = low_s / known_s
-        return min(low_s, cost_s), sorted(found, key=lambda priced: abs(priced.ratio - 1.0))
+        if found and not any(ROOMY <= priced.ratio < 1.0 for priced in found):
+            trial = trial_at(layer, layer.tokens_U, layer.base_D, low_s * (1.0 + ABOVE))
+            if trial is not None:
+                found.append(best_prices(trial, self._first(trial), ROUGH))
+        return min(low_s, cost_s), [priced for priced in found if ROOMY <= priced.ratio < 1.0] or found[-1:]
 
     def _first(self, trial: Trial) -> Prices:
         """Corners, and prices to begin with: those of the layer before, or in proportion to tokens and reading."""
