@@ -97,7 +97,7 @@ def cases(quick: bool) -> list[Case]:
     sizes = {(8, 32): (8,), (64, 16): (8, 32), (128, 48): (16, 64), (256, 58): (32, 64, 128, 320)}
     grid = [(e, layers, d) for (e, layers), devices in sizes.items() for d in devices]
     found = [Case(e, _part(e, layers, d, s), d, s, m) for e, layers, d in grid for s in (0, 32, 64) for m in FLEETS]
-    found += [Case(e, layers, d, 32, m, 64.0) for e, layers, d in grid for m in FLEETS]
+    found += [Case(e, layers, d, 32 if d <= e else 64, m, 64.0) for e, layers, d in grid for m in FLEETS]
     return [c for c in found if c.devices <= c.experts + c.spare]
 
 

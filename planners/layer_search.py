@@ -185,11 +185,13 @@ class LayerSearch:
     def _exactly(self, method: Exact) -> None:
         """A kind of layer for which there is an answer with its proof, or nearly: ask for it once, from any layout."""
         self._exact = None
-        first = next((layout for layout in (attempt() for attempt in self._todo) if layout is not None), None)
-        if self.best is None and first is not None:
-            self.offer(first)
-        if self.best is None:
-            return
+        while self.best is None:
+            attempt = next(self._todo, None)
+            if attempt is None:
+                return
+            layout = attempt()
+            if layout is not None:
+                self.offer(layout)
         moved_s = moved_cost(self.layer, self.best)
         self.bound_s, layout = method(self.bound_s, self.cost_s - moved_s)
         self.mean_bound_s = self.bound_s
