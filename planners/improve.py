@@ -207,7 +207,7 @@ class Search(SearchState):
         """Re-partition a device of the component and two others exactly, for many random pairs: where they hold few."""
         outside = np.flatnonzero(~inside_D & (time_D < self.time_s)).tolist()
         inside = [d for d in np.flatnonzero(inside_D).tolist() if 1 < len(self.flow.on[d]) <= FEW_HELD]
-        if not self.layer.plain or not inside or len(outside) < 2:
+        if not self.layer.plain or not self.layer.heavy(self.time_s) or not inside or len(outside) < 2:
             return False
         pairs = list(combinations(self.random.sample(outside, min(PARTNERS, len(outside))), 2))
         weight_D = 1.0 / self.layer.token_s_D

@@ -38,8 +38,7 @@ TARGETS = ((0.01, 0.5), (0.001, 1.0), (0.03, 1.0), (0.01, 0.0), (0.03, 0.5), (0.
 FINE = ((0.002, 0.02), (0.0015, 0.01), (0.003, 0.03), (0.0015, 0.005), (0.001, 0.01))
 COARSE = ((0.002, 0.08), (0.06, 0.12), (0.005, 0.08), (0.01, 0.03), (0.03, 0.01))
 """Times above the bound, and waste per device, with which devices are filled and the last ones cut: the second where
-reading one replica takes more than `HEAVY` of a layer's time."""
-HEAVY = 0.05
+reading is heavy (`LayerProblem.heavy`)."""
 FEW = 3
 """Units per device up to which filling devices matters most, given spare slots: such layouts are tried first."""
 FIRST_WRAPS = 3
@@ -94,8 +93,7 @@ def attempts(layer: LayerProblem, bound_s: float) -> Iterator[Attempt]:
     targets = [Target(bound_s * (1.0 + above), company) for above, company in TARGETS]
     full = (partial(_cut, layer, target, greed) for target in targets for greed in GREEDS)
     fill = (partial(filled, layer, target) for target in targets)
-    heavy = float(layer.read_UD.min()) > HEAVY * bound_s
-    ways = (*COARSE, *FINE) if heavy else (*FINE, *COARSE)
+    ways = (*COARSE, *FINE) if layer.heavy(bound_s) else (*FINE, *COARSE)
     wrap = (partial(wrapped, layer, Wrap(bound_s * (1.0 + above), waste)) for above, waste in ways)
     if layer.devices < layer.units <= min(FEW * layer.devices, int(layer.slots_D.sum()) - 1):
         yield from islice(wrap, FIRST_WRAPS)
@@ -138,8 +136,7 @@ class LayerSearch:
         alone = len(layer.tokens_CU) == 1
         self._exact = exact_method(layer) if alone else None
         counted_s = count_bound(layer, layer.tokens_U, layer.base_D)
-        heavy = float(layer.read_UD.min()) > HEAVY * counted_s
-        priced = alone and layer.plain and heavy and self._exact is None
+        priced = alone and layer.plain and layer.heavy(counted_s) and self._exact is None
         self._pricing = (pricing or Pricing()) if priced else None
         self.mean_bound_s = counted_s if priced else value_bound(layer, layer.tokens_U, layer.base_D, counted_s)
         self.bound_s = self.mean_bound_s

@@ -10,6 +10,9 @@ import numpy as np
 from .fields import BoolArray, FloatArray, IntArray
 from .problem import PlacementProblem
 
+HEAVY = 0.05
+"""Part of a layer's time above which reading one replica decides what fits on a device."""
+
 
 @dataclass(frozen=True, eq=False)
 class LayerProblem:
@@ -66,6 +69,10 @@ class LayerProblem:
     @property
     def devices(self) -> int:
         return len(self.token_s_D)
+
+    def heavy(self, time_s: float) -> bool:
+        """Whether reading one replica takes a good part of ``time_s`` seconds."""
+        return float(self.read_UD.min()) > HEAVY * time_s
 
     def scaled(self, factor: float) -> LayerProblem:
         """The same layer with every second multiplied: solvers have absolute tolerances."""
