@@ -1,4 +1,4 @@
-"""What units are worth at least under prices of pieces, each cut as is cheapest for it (eq. 16)."""
+"""What units are worth at least under prices of pieces, each cut as is cheapest for it (eq. 17)."""
 
 from __future__ import annotations
 

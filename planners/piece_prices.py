@@ -1,4 +1,4 @@
-"""Prices of pieces by their tokens (eq. 16): what a device can hold at most, and what every unit is worth at least.
+"""Prices of pieces by their tokens (eq. 17): what a device can hold at most, and what every unit is worth at least.
 
 A price function is nondecreasing and piecewise linear. The most that a device holds and the cheapest cut of a unit are
 then reached with all pieces but one on corners of it: of two pieces between corners, one can grow at the other's

@@ -30,7 +30,7 @@ class Sampling:
     common : float
         Part of the variance that experts share along the deviations of the given scenarios, in [0, 1].
     transferred : float
-        Part of the samples that transfer ranks (eq. 19) where there are two scenarios or more, in [0, 1].
+        Part of the samples that transfer ranks (eq. 20) where there are two scenarios or more, in [0, 1].
     jitter : float
         Standard deviation of the exchange of neighbouring ranks, in experts of the layer.
     seed : int
@@ -55,7 +55,7 @@ class Sampling:
 
 
 def with_samples(loads: Loads, sampling: Sampling | None = None) -> Loads:
-    """The given scenarios and sampled ones, half by a law (eq. 15), half by transferred ranks (eq. 19).
+    """The given scenarios and sampled ones, half by a law (eq. 15), half by transferred ranks (eq. 20).
 
     A law of few parameters gives freedom where the scenarios agree; ranks show what the scenarios' own surprises were,
     without a law. Each sample keeps the layer's mean number of tokens.
@@ -92,7 +92,7 @@ def _by_law(loads: Loads, sampling: Sampling, count: int, draw: np.random.Genera
 
 
 def _by_rank(loads: Loads, sampling: Sampling, count: int, draw: np.random.Generator) -> FloatArray:
-    """Eq. 19, shape (count, L, E): what a scenario held for experts of a rank among the others, for that rank now.
+    """Eq. 20, shape (count, L, E): what a scenario held for experts of a rank among the others, for that rank now.
 
     Training balances experts over all its text, so those that the seen domains leave idle are some other domain's
     specialists: each scenario's busiest experts are often the idlest of the rest, which no law of the means shows.

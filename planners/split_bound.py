@@ -35,7 +35,7 @@ class ClosedSets:
     fixed_D: FloatArray
 
     def bound(self, tokens_E: IntArray, time_D: FloatArray) -> float:
-        """The largest of (17) over the sets of the 1, 2, ... slowest devices."""
+        """The largest of (21) over the sets of the 1, 2, ... slowest devices."""
         slowest_D = np.argsort(-time_D)
         place_D = np.empty(len(slowest_D), dtype=np.int64)
         place_D[slowest_D] = np.arange(len(slowest_D))

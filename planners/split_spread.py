@@ -48,7 +48,7 @@ class Spread:
         return cls(left_P, right_P, device_R[left_P], device_R[right_P], expert_R[left_P], 1.0 / token_s_D)
 
     def after(self, amount_R: IntArray, tokens_E: IntArray, time_D: FloatArray, bound_s: float) -> IntArray:
-        """Whole tokens of every replica after the step (18); every expert keeps its total, none falls below 0."""
+        """Whole tokens of every replica after the step (22); every expert keeps its total, none falls below 0."""
         if not len(self.left_P):
             return amount_R
         left_P, right_P, all_P = amount_R[self.left_P], amount_R[self.right_P], tokens_E[self.expert_P]

@@ -68,7 +68,8 @@ def test_no_cut_is_cheaper_than_said(p: Prices, sizes: list[float], seed: int) -
     cuts = Cuts(p, size_U)
     assert (cuts.least_U <= cuts.worth_U + 1e-12).all()
     cut_worth_U = cuts.weights() @ p.price_K  # of more than `MOST_PIECES` pieces where that is cheaper still
-    assert (cut_worth_U <= cuts.worth_U + 1e-9).all() and (cut_worth_U >= cuts.least_U - 1e-9).all()
+    assert (cut_worth_U <= cuts.worth_U + 1e-9).all()
+    assert (cut_worth_U >= cuts.least_U - 1e-9).all()
     np.testing.assert_allclose(cuts.weights() @ p.at_K, size_U, rtol=1e-9, atol=1e-6)
     rng = np.random.default_rng(seed)
     for u, size in enumerate(sizes):

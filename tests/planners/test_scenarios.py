@@ -54,7 +54,7 @@ def test_bad_sampling_is_refused() -> None:
 
 
 def test_transferred_ranks_are_real_loads_of_experts_that_ranked_alike() -> None:
-    """Eq. 19: each sample is one scenario's loads reordered; without jitter, by ranks in what is left without it."""
+    """Eq. 20: each sample is one scenario's loads reordered; without jitter, by ranks in what is left without it."""
     loads = Loads(domains(3, 2, 12, 4))
     more = with_samples(loads, Sampling(count=6, transferred=1.0, jitter=0.0))
     tokens_SLE, drawn_NLE = loads.tokens_SLE, more.tokens_SLE[3:]

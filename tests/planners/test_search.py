@@ -206,7 +206,8 @@ def test_the_best_of_many_trios_is_the_best_of_all_ways(seed: int, mixed: bool, 
     best, now = min(best_way(la, search, (a, b, c)) for b, c in pairs), search.time_s
     dealt = best_of_trios(la, search.flow, a, pairs, relief=1.0)
     if best < now * (1 - 1e-6):
-        assert dealt is not None and dealt.time_s == pytest.approx(best)
+        assert dealt is not None
+        assert dealt.time_s == pytest.approx(best)
         for r, x, y in dealt.moves:
             search.put(r, x, y)
         search.rebalance(*range(4))

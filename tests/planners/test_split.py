@@ -88,7 +88,7 @@ def test_split_proves_its_tolerance_with_more_replicas(copies: int) -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 16), st.integers(1, 8), st.booleans())
 def test_no_closed_set_lies_above_the_optimum(seed: int, experts: int, devices: int, mixed: bool) -> None:
-    """Eq. 17 whatever the guess; with the optimum itself as the guess it is the optimum where no devices are tied."""
+    """Eq. 21 whatever the guess; with the optimum itself as the guess it is the optimum where no devices are tied."""
     rng = np.random.default_rng(seed)
     t = table(rng, experts, devices, mixed)
     tokens = rng.integers(0, 3000, experts)
@@ -112,7 +112,7 @@ def test_the_bound_is_the_optimum_once_the_slow_devices_are_the_right_ones() -> 
 def test_a_linear_step_keeps_totals_and_leaves_no_replica_below_zero(
     seed: int, experts: int, devices: int, mixed: bool, most: int
 ) -> None:
-    """P-7 for the step alone (eq. 18), from any split and any bound."""
+    """P-7 for the step alone (eq. 22), from any split and any bound."""
     rng = np.random.default_rng(seed)
     t = table(rng, experts, devices, mixed)
     tokens = rng.integers(0, most + 1, experts)
