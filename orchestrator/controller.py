@@ -30,10 +30,11 @@ from .deeds import Deeds, fault_is_lasting
 from .hands import Hands
 from .placing import Site
 from .planfiles import model_spec
-from .planning import Context, nodes_called, plan_layout
+from .planning import Context, plan_layout
 from .preview import Preview, preview
 from .report import member_list, operation_status, operation_statuses, pool_statuses, worker_statuses
 from .resize import drained, named_devices, named_node, rebalanced, resized, route
+from .seating import nodes_called
 from .status import DeploymentStatus, MemberList, OperationStatus, Progress
 
 _log = logging.getLogger(__name__)

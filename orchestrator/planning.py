@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 from ..errors import OperatorError
 from ..planners.model import Loads, ModelSpec
@@ -18,16 +17,15 @@ from ..workers.kv.ledger import record_bytes
 from ..workers.model_files import ModelFiles
 from ..workers.pages.sizing import choose_page_bytes, pages_for
 from .config import DeploymentConfig
-from .core.inventory import Entry
 from .core.layout import Layout, Seat
 from .hands import NodeInfo
 from .placing import Site, even_loads, first_placement
 from .planfiles import model_spec, read_loads, read_placement
 from .room import address_pages, check_nodes
+from .seating import first_seats
 from .sizing import MemoryLimits, MemoryPlan, ModelSizes, plan_memory
 
 MAILBOX_BYTES = 256 << 10
-_LEAST_NODE_PREFIX = 4  # characters of a node's id that name it, as the status shows
 
 
 def max_model_len(config: DeploymentConfig, model: ModelFiles) -> int:
@@ -116,86 +114,6 @@ def known_loads(config: DeploymentConfig, spec: ModelSpec) -> Loads:
     if config.loads_file is not None and os.path.exists(config.loads_file):
         return read_loads(config.loads_file, spec)
     return even_loads(spec)
-
-
-def next_node(nodes: Sequence[NodeInfo], taken: Counter[str]) -> str:
-    """Where one more worker has most cores; nodes with more memory first."""
-    if not nodes:
-        raise OperatorError("cluster: no node is alive")
-    return max(nodes, key=lambda n: (n.cpus / (taken[n.id] + 1), n.available_bytes)).id
-
-
-def nodes_called(name: str, hosts: Mapping[str, str]) -> list[str]:
-    """Those of the nodes, given with their addresses, that a name may stand for."""
-    long_enough = len(name) >= _LEAST_NODE_PREFIX
-    return [n for n, host in hosts.items() if name in (n, host) or (long_enough and n.startswith(name))]
-
-
-def node_for(entry: Entry, nodes: Sequence[NodeInfo], taken: Counter[str]) -> str:
-    """The node of one more device: the one that it must be on, else where most cores are left.
-
-    Raises
-    ------
-    OperatorError
-        The node that it must be on is not alive, or none is.
-    """
-    if not entry.node:
-        return next_node(nodes, taken)
-    found = nodes_called(entry.node, {node.id: node.host for node in nodes})
-    if len(found) != 1:
-        there = ", ".join(f"{node.id} ({node.host})" for node in nodes) or "none"
-        problem = "is not alive" if not found else "may be one of several"
-        raise OperatorError(f"cluster: device {entry.device}: its node {entry.node!r} {problem}; alive: {there}")
-    return found[0]
-
-
-def further_seats(
-    seats: Sequence[Seat], workers: int, context: Context, taken: Collection[str] = ()
-) -> tuple[Seat, ...]:
-    """New seats beside the old ones for so many workers in all, in the inventory's order, on no cordoned node.
-
-    ``taken`` are names that may not be used either.
-
-    Raises
-    ------
-    OperatorError
-        There are not so many devices, one's node is not alive, or every node is cordoned.
-    """
-    shut = {node.id: node.host for node in context.nodes if node.id in context.cordoned}
-    nodes = [node for node in context.nodes if node.id not in shut]
-    if not nodes and shut:
-        raise OperatorError(
-            f"workers: {workers}; every node is drained ({', '.join(sorted(shut))}); "
-            "concertina undrain lets one take workers again"
-        )
-    inventory = context.config.inventory
-    free = inventory.free({*taken, *(seat.device for seat in seats)})
-    entries = list(islice((e for e in free if not (e.node and nodes_called(e.node, shut))), workers - len(seats)))
-    if len(seats) + len(entries) < workers:
-        drained = "; some of them are on drained nodes" if shut else ""
-        raise OperatorError(f"workers: {workers}; the cluster file lists {len(inventory.entries)} devices{drained}")
-    held = Counter(seat.node for seat in seats)
-    added = []
-    for entry in entries:
-        node = node_for(entry, nodes, held)
-        held[node] += 1
-        added.append(Seat(entry.device, node, entry.kind))
-    return tuple(added)
-
-
-def first_seats(context: Context) -> tuple[Seat, ...]:
-    """Those of a deployment that starts; raises as `further_seats` does."""
-    config = context.config
-    return further_seats((), config.workers, context) if config.fleet else seat_workers(context.nodes, config.workers)
-
-
-def seat_workers(nodes: Sequence[NodeInfo], workers: int) -> tuple[Seat, ...]:
-    """Spread workers over nodes in proportion to cores, the next one where most cores per worker are left."""
-    taken: Counter[str] = Counter()
-    for _ in range(workers):
-        taken[next_node(nodes, taken)] += 1
-    seats = [node.id for node in nodes for _ in range(taken[node.id])]
-    return tuple(Seat(f"cpu-{rank}", node) for rank, node in enumerate(seats))
 
 
 def fitting_placement(path: str, seats: Sequence[Seat], model: ModelFiles) -> Placement:

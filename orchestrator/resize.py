@@ -19,8 +19,9 @@ from ..planners.placement import Placement, Replica
 from ..planners.replan import ReplanRules, replan
 from ..planners.solution import Infeasible, StoppingRule
 from .core.layout import Layout, Seat, node_pool
-from .planning import Context, device_memory, exchange_kind, exchange_pages, further_seats, nodes_called
+from .planning import Context, device_memory, exchange_kind, exchange_pages
 from .room import check_nodes
+from .seating import further_seats, nodes_called
 
 _TIME_LIMIT_S = 0.05  # the operator waits for it, and what serves shares the cores; the balancer improves on it later
 _MOST_PER_CORE = 16  # more could only be a slip, and planning for them would take long

@@ -8,7 +8,8 @@ from concertina.orchestrator.config import DeploymentConfig, EngineOptions
 from concertina.orchestrator.core.layout import Layout
 from concertina.orchestrator.hands import NodeInfo
 from concertina.orchestrator.placing import even_loads, first_placement
-from concertina.orchestrator.planning import Context, first_layout, further_seats, seat_workers
+from concertina.orchestrator.planning import Context, first_layout
+from concertina.orchestrator.seating import further_seats, seat_workers
 from concertina.orchestrator.sizing import ModelSizes
 from concertina.planners.model import ModelSpec
 

@@ -12,7 +12,8 @@ from concertina.errors import OperatorError
 from concertina.orchestrator.config import DeploymentConfig, EngineOptions
 from concertina.orchestrator.core.layout import Seat
 from concertina.orchestrator.hands import NodeInfo
-from concertina.orchestrator.planning import exchange_kind, fitting_placement, max_model_len, plan_layout, seat_workers
+from concertina.orchestrator.planning import exchange_kind, fitting_placement, max_model_len, plan_layout
+from concertina.orchestrator.seating import seat_workers
 from concertina.orchestrator.sizing import MemoryLimits, ModelSizes, plan_memory
 from concertina.planners.placement import balanced_placement
 from concertina.workers.model_files import ModelFiles
