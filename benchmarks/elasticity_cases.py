@@ -28,7 +28,7 @@ from .elasticity_measures import (
 from .elasticity_memory import Sampler, actors
 
 Row = dict[str, Any]
-_AFTER_S = 0.5  # behind an operation's end: a pause that it causes late still counts
+_AFTER_S = 0.5  # behind an operation's end, the next standby starts
 
 
 @dataclass
@@ -119,6 +119,8 @@ def _pause(steps: Steps, answer: Answer, before: Window, later_step_s: float) ->
     during, control = _windows(answer, before)
     step_s = median_step_s(steps, before)
     seen = pause(steps, during, step_s, later_step_s, answer.committed_s)
+    starting = Window(answer.ended_s, answer.ended_s + _AFTER_S)
+    later = pause(steps, starting, step_s, later_step_s, answer.committed_s)
     usual = pause(steps, control, step_s, step_s, answer.asked_s)
     return {
         "step_ms": step_s * 1e3,
@@ -128,6 +130,8 @@ def _pause(steps: Steps, answer: Answer, before: Window, later_step_s: float) ->
         "pause_behind_commit_s": seen.at_s - answer.committed_s,
         "control_pause_ms": usual.seconds * 1e3,
         "control_pause_steps": usual.steps,
+        "standby_pause_ms": later.seconds * 1e3,
+        "standby_pause_steps": later.steps,
     }
 
 
@@ -143,7 +147,7 @@ def _silence(load: Load, answer: Answer, before: Window) -> Row:
 
 
 def _windows(answer: Answer, before: Window) -> tuple[Window, Window]:
-    during = Window(answer.asked_s, answer.ended_s + _AFTER_S)
+    during = Window(answer.asked_s, answer.ended_s)
     return during, Window(max(before.begin_s, before.end_s - during.seconds), before.end_s)
 
 

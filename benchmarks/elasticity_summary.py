@@ -18,6 +18,7 @@ _CHANGE = {
     "pause_ms": "pause_ms",
     "pause_steps": "pause_steps",
     "control_pause_steps": "pause_without_change_steps",
+    "standby_pause_steps": "pause_as_the_next_standby_starts_steps",
     "client_silence_ms": "client_silence_ms",
     "tokens_per_s_before": "tokens_per_s_before",
     "tokens_per_s_during": "tokens_per_s_during",

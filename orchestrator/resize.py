@@ -23,7 +23,10 @@ from .planning import Context, device_memory, exchange_kind, exchange_pages
 from .room import check_nodes
 from .seating import further_seats, nodes_called
 
-_TIME_LIMIT_S = 0.05  # the operator waits for it, and what serves shares the cores; the balancer improves on it later
+# The operator waits for planning, and what serves shares the cores; the balancer improves on it later. Where all
+# devices share one memory nothing is copied, and there is less to be found.
+_TIME_LIMIT_S = 0.05
+_SHARED_LIMIT_S = 0.01
 _MOST_PER_CORE = 16  # more could only be a slip, and planning for them would take long
 
 
@@ -140,7 +143,9 @@ def _moved(current: Layout, seats: tuple[Seat, ...], context: Context) -> Layout
 def _near(current: Layout, seats: Sequence[Seat], context: Context) -> Placement:
     """A balanced placement on these seats that copies few bytes from the current one."""
     problem = context.site(seats).problem(context.loads, current.placement)
-    found = replan(problem, ReplanRules(stop=StoppingRule(time_limit_s=_TIME_LIMIT_S, now=context.now)))
+    one_memory = current.memory_mode == "shared" and len({seat.node for seat in (*current.seats, *seats)}) == 1
+    limit_s = _SHARED_LIMIT_S if one_memory else _TIME_LIMIT_S
+    found = replan(problem, ReplanRules(stop=StoppingRule(time_limit_s=limit_s, now=context.now)))
     if isinstance(found, Infeasible):
         raise OperatorError(f"placement: {found}")
     return found.placement
