@@ -55,8 +55,12 @@ def without_c3(tmp_path: Path) -> Path:
 
 
 def test_a_robust_plan_is_for_workers_that_split_every_batch(tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    result = run(*INPUTS, *LIMITS, "--method", "robust", "-o", str(path))
+    model, loads, path = tmp_path / "model.yaml", tmp_path / "loads.json", tmp_path / "plan.json"
+    model.write_text("{layers: 1, experts: 12, expert_bytes: 1MB, flops_per_token: 1e6}")
+    scenarios = [{"name": n, "counts_LE": [[(i * k) % 13 + 1 for i in range(12)]]} for n, k in (("a", 5), ("b", 7))]
+    loads.write_text(json.dumps({"scenarios": scenarios}))
+    files = ["--model", str(model), "--cluster", "cluster.yaml", "--loads", str(loads)]
+    result = run(*files, "--time-limit", "1", "--spare-slots", "12", "--method", "robust", "-o", str(path))
     assert result.exit_code == 0, result.output
     plan = read_plan(path)
     assert check_placement(plan.problem, plan.placement) == []
