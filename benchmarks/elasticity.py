@@ -17,10 +17,11 @@ from typing import get_args
 
 import ray
 from concertina.orchestrator import remote
-from concertina.orchestrator.config import MemoryMode
+from concertina.orchestrator.config import DeploymentConfig, MemoryMode
 from concertina.workers.model_files import ModelFiles
 
 from .common import write_report
+from .elasticity_baselines import bare_copies, serve_restarts
 from .elasticity_cases import Row, Session, change, cold_restart, killed_owner, killed_worker, second_copy
 from .elasticity_checkpoints import demo_checkpoint, large_checkpoint, weight_bytes
 from .elasticity_deployment import configured
@@ -89,8 +90,10 @@ class Bench:
         config = configured(str(checkpoint), mode, 1, options.threads)
         model = ModelFiles.open(str(checkpoint))
         clients, vocabulary = CLIENTS[name], model.config.vocab_size
-        session = await Session.start(config, self.sampler, clients, vocabulary, options.watch_s)
         labels = {"checkpoint": name, "what": what, "weight_bytes": weight_bytes(checkpoint), "mode": mode}
+        if not options.quick:
+            await asyncio.to_thread(self._restarts, labels, config)
+        session = await Session.start(config, self.sampler, clients, vocabulary, options.watch_s)
         try:
             for repeat in range(options.repeats):
                 await self._repeat(session, {**labels, "repeat": repeat})
@@ -100,6 +103,15 @@ class Bench:
         finally:
             await session.stop()
             self.rows.append({**labels, "case": "streams", "dtype": model.dtype, "clients": clients, **session.streams})
+        if not options.quick:
+            changed = [row for row in self.rows if row["case"] == "change" and labels.items() <= row.items()]
+            for row in bare_copies(changed):
+                self._keep({**labels, **row})
+
+    def _restarts(self, labels: Row, config: DeploymentConfig) -> None:
+        for repeat in range(self.options.repeats):
+            for row in serve_restarts(config, self.options.changes):
+                self._keep({**labels, "repeat": repeat, **row})
 
     async def _repeat(self, session: Session, labels: Row) -> None:
         for workers in self.options.changes:
@@ -115,7 +127,10 @@ class Bench:
                 await self._note(labels, second_copy(session, workers))
 
     async def _note(self, labels: Row, case: Awaitable[Row]) -> None:
-        row = {**labels, **await case, "load_average": os.getloadavg()[0]}
+        self._keep({**labels, **await case})
+
+    def _keep(self, row: Row) -> None:
+        row = {**row, "load_average": os.getloadavg()[0]}
         self.rows.append(row)
         shown = {key: round(value, 4) for key, value in row.items() if isinstance(value, float)}
         print(f"{row['checkpoint']} {row['mode']} {row['case']} {row['change']}: {shown}", flush=True)

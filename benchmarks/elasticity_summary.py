@@ -35,6 +35,7 @@ _OTHER_WAYS = {
     "peak_over_steady": "peak_over_steady_ratio",
     "throughput_during_over_before": "throughput_during_over_before_ratio",
 }
+_WAYS = ("serve_restart", "cold_restart", "second_copy")
 _KILLED = {"silence_s": "silence_s", "control_silence_s": "silence_without_kill_s", "whole_again_s": "whole_again_s"}
 
 
@@ -58,7 +59,9 @@ def summarise(rows: Sequence[Row]) -> dict[str, float]:
 def _group(case: str, label: str, rows: Sequence[Row]) -> dict[str, float]:
     if case == "change":
         return _medians("", label, _CHANGE, rows) | _bytes(label, rows)
-    if case in ("cold_restart", "second_copy"):
+    if case == "bare_copy":
+        return _medians("bare_", label, {"copy_s": "copy_s"}, rows)
+    if case in _WAYS:
         return _medians(f"{case}_", label, _OTHER_WAYS, rows)
     return _medians(f"{'recovery' if case == 'killed_worker' else case}_", label, _KILLED, rows)
 
@@ -83,12 +86,15 @@ def _bytes(label: str, rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _speedups(figures: Mapping[str, float]) -> dict[str, float]:
-    """How many times sooner our commit comes than the other ways serve."""
+    """How many times sooner our commit comes than the other ways serve, and later than the bytes could be there."""
     out = {}
     for key, commit_s in figures.items():
         label = key.removeprefix("commit_s_")
-        for way in ("cold_restart", "second_copy"):
+        for way in _WAYS:
             other_s = figures.get(f"{way}_serving_s_{label}")
             if label != key and other_s is not None:
                 out[f"{way}_over_commit_ratio_{label}"] = round(other_s / commit_s, 1)
+        copy_s = figures.get(f"bare_copy_s_{label}")
+        if label != key and copy_s:
+            out[f"commit_over_bare_copy_ratio_{label}"] = round(commit_s / copy_s, 2)
     return out

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,13 @@ class Endpoint:
 
     port: int
     model: str
+
+
+def free_port() -> int:
+    """A port of this machine on which nobody listens now."""
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port: int = s.getsockname()[1]
+        return port
 
 
 async def stream(endpoint: Endpoint, prompt: Sequence[int]) -> list[float]:
@@ -113,9 +121,11 @@ def _wait(process: subprocess.Popen[bytes]) -> None:
         process.kill()
 
 
-def first_token_s(endpoint: Endpoint, process: subprocess.Popen[bytes], began_s: float) -> float:
+def first_token_s(
+    endpoint: Endpoint, process: subprocess.Popen[bytes], began_s: float, prompt: Sequence[int] = ()
+) -> float:
     """Seconds from ``began_s`` to the first piece of the first answer, asking again until the server is up."""
-    prompt = prompts(1, -2)[0]
+    prompt = prompt or prompts(1, -2)[0]
     while time.perf_counter() - began_s < _READY_S:
         if process.poll() is not None:
             raise RuntimeError(f"the server ended with {process.returncode}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -148,12 +147,6 @@ def floors(options: Options) -> dict[str, float]:
     return out
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        port: int = s.getsockname()[1]
-        return port
-
-
 def run(args: argparse.Namespace, folder: Path) -> None:
     """Everything, in order; prints as it goes."""
     checkpoint = ensure_checkpoint(Path(args.checkpoint) if args.checkpoint else folder / "checkpoint")
@@ -173,7 +166,7 @@ def in_full(args: argparse.Namespace, options: Options, folder: Path) -> tuple[d
     """Every system through every door, and the machine's rates before and after."""
     summary = floors(options)
     rows = measure_engines(options, args.rounds, args.peers_on == "both", folder)
-    for system in servers(options, free_port()):
+    for system in servers(options, httpload.free_port()):
         rows += measure_server(system, options.threads, args.rounds)
     return summary | floors_again(options, summary) | summarise(rows), rows
 
