@@ -21,15 +21,24 @@ _PATIENCE_S = 0.25  # for the answer of a worker, before a decision is made with
 
 @dataclass(slots=True)
 class Pool:
-    """A memory owner, and the extents it had when it was last asked."""
+    """A memory owner, and what it last said."""
 
     node: str
     config: OwnerConfig
     handle: OwnerHandle
     source: PageSource
-    pages: Mapping[str, tuple[int, ...]]
+    pages: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    version: int = -1
+    moved_bytes: int = 0
     asked: asyncio.Task[None] | None = None
     asked_s: float = 0.0
+
+    async def refresh(self) -> None:
+        """Ask for its extents, if they have changed, and what came into them."""
+        told = await self.handle.report(self.version)
+        if told.pages is not None and told.version > self.version:  # another answer may have come before this one
+            self.version, self.pages = told.version, told.pages
+        self.moved_bytes = max(self.moved_bytes, told.loaded_bytes + told.copied_bytes)
 
     def fact(self, now_s: float, hang_s: float, since_s: float) -> PoolFact:
         """What it last said, unless it hangs; stale if it has not answered what it was asked before ``since_s``."""
@@ -40,12 +49,13 @@ class Pool:
 
 @dataclass(slots=True)
 class Member:
-    """A worker, what it last said, and where it takes requests."""
+    """A worker, what it last said, what it had said at the last decision, and where it takes requests."""
 
     name: str
     node: str
     handle: WorkerHandle
     report: WorkerReport
+    decided: WorkerReport | None = None
     address: tuple[str, int] | None = None
     asked: asyncio.Task[None] | None = None
     asked_s: float = 0.0
@@ -93,8 +103,10 @@ class Cluster:
 
     async def add_pool(self, name: str, node: str, handle: OwnerHandle) -> Pool:
         """Take note of an owner that lives."""
-        config, source, pages = await asyncio.gather(handle.config(), handle.source(), handle.pages())
-        self.pools[name] = pool = Pool(node, config, handle, source, pages)
+        config, source = await asyncio.gather(handle.config(), handle.source())
+        pool = Pool(node, config, handle, source)
+        await pool.refresh()
+        self.pools[name] = pool
         self._watch(self._watch_owner(name, pool))
         return pool
 
@@ -106,14 +118,15 @@ class Cluster:
 
     async def refresh(self, pool: str) -> None:
         """Ask an owner for its extents."""
-        known = self.pools[pool]
-        known.pages = await known.handle.pages()
+        await self.pools[pool].refresh()
 
     async def look(self, busy: frozenset[Effect], errors: Mapping[Effect, Fault]) -> Snapshot:
         """Ask every worker and owner; one that does not answer at once is taken at its last word."""
         since_s = self.hands.now_s()
         await self.ask()
         now_s = self.hands.now_s()
+        for member in self.workers.values():
+            member.decided = member.report
         return Snapshot(
             nodes=frozenset(self.nodes),
             pools={name: pool.fact(now_s, self.hang_s, since_s) for name, pool in self.pools.items()},
@@ -141,13 +154,18 @@ class Cluster:
 
     async def _ask_owner(self, name: str, pool: Pool) -> None:
         try:
-            pool.pages = await pool.handle.pages()
+            await pool.refresh()
         except InternalError:
             return  # it has died: its watch tells
         finally:
             pool.asked = None
         if self.hands.now_s() - pool.asked_s > _PATIENCE_S:
             self.changed()  # a decision was made without this
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that came from the checkpoint and from peers, as owners last said."""
+        return sum(pool.moved_bytes for pool in self.pools.values())
 
     async def look_at_nodes(self) -> None:
         self.nodes = {node.id: node for node in await self.hands.nodes()}
@@ -193,7 +211,8 @@ class Cluster:
                 return
             if told.situation != seen.situation:
                 seen = told  # the report itself is asked for anew: this one may have been overtaken
-                self.changed()
+                if member.decided is None or member.decided.situation != told.situation:
+                    self.changed()
 
     def _lost(self, member: Member, error: InternalError) -> None:
         if self.workers.get(member.name) is member:

@@ -40,7 +40,6 @@ from .status import DeploymentStatus, MemberList, OperationStatus, Progress
 _log = logging.getLogger(__name__)
 _TICK_S = 1.0
 _STOP_S = 2.0
-_COUNT_S = 0.25
 _BACK_OFF_S = 0.3  # before an effect that failed is tried again
 
 
@@ -143,7 +142,8 @@ class Controller:
 
     async def progress(self) -> Progress:
         """How far starting up is."""
-        return Progress(self._reason, await self._moved_bytes(), self._deeds.wanted_bytes if self._deeds else 0)
+        await self._cluster.ask()
+        return Progress(self._reason, self._cluster.moved_bytes, self._deeds.wanted_bytes if self._deeds else 0)
 
     async def stop(self) -> None:
         """End the loop, all workers and all owners, and forget the state."""
@@ -347,10 +347,11 @@ class Controller:
     async def _turn(self) -> None:
         self._wake.clear()
         self._balance()
-        await self._count_moved()
         await self._cluster.look_at_nodes()
         errors, self._errors = self._errors, {}
         snapshot = await self._cluster.look(frozenset(self._busy), errors)  # nothing slow between this and the decision
+        if self._state.operation is not None and self._deeds is not None:
+            self._moved.note(self._state.operation.id, self._cluster.moved_bytes, self._deeds.wanted_bytes)
         facts: dict[str, WorkerFact | PoolFact] = {**snapshot.workers, **snapshot.pools}
         for name, fact in facts.items():
             if fact.failed:
@@ -410,20 +411,6 @@ class Controller:
         finally:
             del self._busy[effect]
             self._woken()
-
-    async def _count_moved(self) -> None:
-        if self._state.operation is None or self._deeds is None:
-            return
-        with suppress(TimeoutError):  # an owner that hangs must not hold up everything else
-            async with asyncio.timeout(_COUNT_S):
-                self._moved.note(self._state.operation.id, await self._moved_bytes(), self._deeds.wanted_bytes)
-
-    async def _moved_bytes(self) -> int:
-        pools = list(self._cluster.pools.values())
-        counts = await asyncio.gather(
-            *(p.handle.loaded_bytes() for p in pools), *(p.handle.copied_bytes() for p in pools), return_exceptions=True
-        )
-        return sum(count for count in counts if isinstance(count, int))
 
 
 def _change(base: Layout, way: tuple[Layout, ...]) -> str:

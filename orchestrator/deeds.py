@@ -187,20 +187,18 @@ class Deeds:
         wanted = effect.blocks * self._serving().layout.memory.kv_block_pages
         mapped = await worker.handle.kv_pages()
         await self._claim(pool, key, mapped)
-        await self.cluster.refresh(name)
         spare = _without(pool.pages.get(key, ()), mapped)
         lack = wanted - len(mapped) - len(spare)
         if lack > 0:
             spare = _without(await pool.handle.extend(key, "kv", lack, len(pool.pages.get(key, ()))), mapped)
         mapped = await worker.handle.resize_kv(effect.blocks, spare[: max(0, wanted - len(mapped))])
         await self._unheld(pool.handle.trim(key, mapped))
-        await self.cluster.refresh(name)
-        worker.report = await worker.handle.report()
 
     async def _claim(self, pool: Pool, key: str, mapped: Iterable[int]) -> None:
         """Pages that a device maps belong to its extent, also those that it took over from another one."""
         mine = set(mapped)
-        for other, pages in (await pool.handle.pages()).items():
+        await pool.refresh()
+        for other, pages in pool.pages.items():
             taken = [page for page in pages if page in mine]
             if other != key and other.startswith(kv_key("")) and taken:
                 await pool.handle.relabel(other, taken, key)

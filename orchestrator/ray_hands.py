@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator
+from math import inf
 from typing import Any, cast
 
 import ray
@@ -35,6 +36,7 @@ _STATE = "state"
 _OWNER, _WORKER = "owner/", "worker/"
 _GRACE_S = 0.2  # what a process that can end takes; Ray itself would give one that hangs five seconds
 _END_S = 10.0
+_FRESH_S = 0.25
 
 
 class _Handle:
@@ -82,13 +84,24 @@ class RayHands:
         self._controller = _named(context.get_actor_name()), _named(context.get_actor_id())
         self._durable = Durable(deployment)
         self._knocking = Knocking()
+        self._nodes: list[NodeInfo] = []
+        self._nodes_s = -inf  # when they were looked at
         self._store: Any = None
 
     async def nodes(self) -> list[NodeInfo]:
-        """Nodes that Ray takes to be alive, and whose raylet listens."""
+        """Nodes that Ray takes to be alive, and whose raylet listens; they are asked anew after a moment."""
+        if self._nodes and time.monotonic() - self._nodes_s < _FRESH_S:
+            return self._nodes
+        self._nodes_s = time.monotonic()  # before: who fails meanwhile is not forgotten
         alive = [n for n in await asyncio.to_thread(ray.nodes) if n["Alive"]]
         listening = await self._knocking.answering([_raylet(n) for n in alive])
-        return [_node_info(n) for n in alive if _raylet(n) in listening]
+        self._nodes = [_node_info(n) for n in alive if _raylet(n) in listening]
+        return self._nodes
+
+    def _doubt(self) -> None:
+        """A call has failed: look at everybody anew."""
+        self._nodes_s = -inf
+        self._knocking.doubt()
 
     async def start_owner(self, node: str, config: OwnerConfig, adopt_from: str | None = None) -> OwnerHandle:
         actor = await asyncio.to_thread(self._start, OwnerActor, _OWNER + config.name, node, config, adopt_from)
@@ -99,10 +112,10 @@ class RayHands:
         return self._worker(config.name, actor)
 
     def _owner(self, name: str, actor: Any) -> OwnerHandle:
-        return cast(OwnerHandle, _Handle(actor, f"memory owner {name}", self._knocking.doubt))
+        return cast(OwnerHandle, _Handle(actor, f"memory owner {name}", self._doubt))
 
     def _worker(self, name: str, actor: Any) -> WorkerHandle:
-        return cast(WorkerHandle, _Handle(actor, name, self._knocking.doubt))
+        return cast(WorkerHandle, _Handle(actor, name, self._doubt))
 
     def _start(self, kind: type, name: str, node: str, *args: object) -> Any:
         lifeline = Lifeline(self._deployment, name, *self._controller)

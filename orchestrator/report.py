@@ -68,11 +68,10 @@ async def pool_statuses(cluster: Cluster) -> tuple[PoolStatus, ...]:
 
 async def _pool_status(name: str, pool: Pool) -> PoolStatus | None:
     try:
-        usage, loaded, copied = await asyncio.gather(
-            pool.handle.usage(), pool.handle.loaded_bytes(), pool.handle.copied_bytes()
-        )
+        usage, told = await asyncio.gather(pool.handle.usage(), pool.handle.report(pool.version))
     except InternalError:
         return None
+    loaded, copied = told.loaded_bytes, told.copied_bytes
     return PoolStatus(name, pool.node, pool.config.page_bytes, pool.config.pages, usage, loaded, copied)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..errors import OperatorError
+from ..planners.bounds import case_bound, count_bound
 from ..planners.cluster import Cluster, Device
 from ..planners.migrate import plan_migration
 from ..planners.migration import Key, Migration, MigrationProblem, Phase
@@ -144,8 +145,8 @@ def _near(current: Layout, seats: Sequence[Seat], context: Context) -> Placement
     """A balanced placement on these seats that copies few bytes from the current one."""
     problem = context.site(seats).problem(context.loads, current.placement)
     one_memory = current.memory_mode == "shared" and len({seat.node for seat in (*current.seats, *seats)}) == 1
-    limit_s = _SHARED_LIMIT_S if one_memory else _TIME_LIMIT_S
-    found = replan(problem, ReplanRules(stop=StoppingRule(time_limit_s=limit_s, now=context.now)))
+    limit_s, bound = (_SHARED_LIMIT_S, count_bound) if one_memory else (_TIME_LIMIT_S, case_bound)
+    found = replan(problem, ReplanRules(bound=bound, stop=StoppingRule(time_limit_s=limit_s, now=context.now)))
     if isinstance(found, Infeasible):
         raise OperatorError(f"placement: {found}")
     return found.placement

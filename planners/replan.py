@@ -43,6 +43,9 @@ class ReplanRules:
     ----------
     balance : float
         In (0, 1]: least part of the best possible speed that every layer shall reach.
+    bound : callable
+        The time that no placement of a layer can beat; `count_bound` is quicker, but may be lower: layers are balanced
+        better than asked for then, and copy more.
     refine : RefineOptions
         Small integer programs per layer.
     seed : int
@@ -52,6 +55,7 @@ class ReplanRules:
     """
 
     balance: float = 0.98
+    bound: Callable[[LayerProblem, FloatArray, FloatArray], float] = case_bound
     refine: RefineOptions = field(default_factory=RefineOptions)
     seed: int = 0
     stop: StoppingRule = field(default_factory=lambda: StoppingRule(time_limit_s=30.0))
@@ -132,7 +136,7 @@ def replan(
     if missing:
         return Infeasible(missing)
     for layer in layers:
-        bound_s = case_bound(layer, layer.tokens_U, layer.base_D)
+        bound_s = rules.bound(layer, layer.tokens_U, layer.base_D)
         slow = rules.stop.now() - start_s > GREEDY_PART * rules.stop.time_limit_s * len(works) / problem.layers
         works.append(_work(layer, bound_s, rules.balance, 1 if slow else FLEXIBILITIES))
         if progress:

@@ -14,7 +14,7 @@ from ..errors import ConcertinaError, InternalError
 from .loading import Piece, Segments
 from .owner import MemoryOwner
 from .pages.table import ExtentRequest
-from .pages.transfer import CopyPlan, PageReader, PageSource, open_pages
+from .pages.transfer import CopyPlan, LocalPages, PageReader, PageSource, open_pages
 
 _log = logging.getLogger(__name__)
 LOADING = "loading:"
@@ -85,7 +85,9 @@ class Filler:
     def _make(self, missing: Sequence[ExtentRequest], wanted: _Wanted) -> None:
         names = {LOADING + key: key for key in wanted.keys}
         self._drop(names)  # left where giving back failed
-        self._owner.allocate_all([replace(request, key=LOADING + request.key) for request in missing])
+        # Who copies from a peer does it while that one serves: the change of size waits for nothing else.
+        small = {LOADING + plan.key for plans in wanted.plans.values() for plan in plans}
+        self._owner.allocate_all([replace(request, key=LOADING + request.key) for request in missing], small)
         try:
             self._write(wanted)
         except BaseException:
@@ -132,10 +134,14 @@ class Filler:
         return whole
 
     def _copy_extent(self, reader: PageReader, plan: CopyPlan, memory: Segments) -> None:
+        key = LOADING + plan.key
         nbytes = len(plan.pages) * reader.geometry.page_bytes
-        if nbytes != len(self._owner.extent(LOADING + plan.key).pages) * self._owner.pool.geometry.page_bytes:
+        if nbytes != len(self._owner.extent(key).pages) * self._owner.pool.geometry.page_bytes:
             raise InternalError(f"extent {plan.key!r}: its peer has {nbytes} bytes, which is another size than here")
-        reader.read_into(plan.pages, memory(LOADING + plan.key, 0, nbytes), self._count_copied)
+        if isinstance(reader, LocalPages):
+            reader.copy_to(plan.pages, self._owner.pool, self._owner.extent(key).pages, self._count_copied)
+        else:
+            reader.read_into(plan.pages, memory(key, 0, nbytes), self._count_copied)
 
     def _count_copied(self, nbytes: int) -> None:
         with self._changed:

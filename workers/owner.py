@@ -85,6 +85,11 @@ class MemoryOwner:
     ----------
     config : OwnerConfig
 
+    Attributes
+    ----------
+    version : int
+        Of the extents; it grows with every change.
+
     Raises
     ------
     OperatorError
@@ -139,6 +144,7 @@ class MemoryOwner:
         self.config = config
         self.pool = pool
         self.address = config.address or f"@concertina/{config.name}"
+        self.version = 0
         self._lock = threading.Lock()  # one change at a time
         # First of all, because it is exclusive: two living owners of one pool would both give its pages away.
         self._server = PoolServer(pool, config.token, self.address)
@@ -169,8 +175,10 @@ class MemoryOwner:
         """One extent of zeroed pages; see `allocate_all`."""
         return self.allocate_all([ExtentRequest(key, purpose, pages)])[0]
 
-    def allocate_all(self, requests: Sequence[ExtentRequest]) -> list[Extent]:
+    def allocate_all(self, requests: Sequence[ExtentRequest], small: Collection[str] = ()) -> list[Extent]:
         """Allocate all of the extents or none; new pages read as zeros.
+
+        Those with a key in ``small`` get no huge pages: it takes long to find some, seconds for a gigabyte.
 
         Raises
         ------
@@ -186,13 +194,16 @@ class MemoryOwner:
                 for extent in extents:
                     self._enter(extent.purpose, extent.pages)
                 self._commit(table)
-                weights = [e.pages for e in extents if e.purpose in _HUGE_PURPOSES and self.config.huge_pages]
+                weights = [e.pages for e in extents if self._may_be_huge(e) and e.key not in small]
                 for pages in weights:
                     holds.share(pages)
             # The kernel may have to move much memory for a huge page: nobody waits for that who does not want these
             # extents, and they cannot be freed meanwhile.
             self._huge.collapse([run for pages in weights for run in runs(pages)], table.free_runs)
         return extents
+
+    def _may_be_huge(self, extent: Extent) -> bool:
+        return self.config.huge_pages and extent.purpose in _HUGE_PURPOSES
 
     def extend(self, key: str, purpose: Purpose, pages: int) -> Extent:
         """Append ``pages`` zeroed pages to an extent, or to a new one; see `PageTable.extend`."""
@@ -358,6 +369,7 @@ class MemoryOwner:
         """Make a changed copy the table; a table is never changed in place, so readers need no lock."""
         self._store.write(table)
         self._table = table
+        self.version += 1
 
     def _memory(self, pages: Sequence[int], offset: int, nbytes: int) -> list[memoryview]:
         """Bytes of an extent as they lie in the owner's window, adjacent pages together."""

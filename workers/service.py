@@ -119,6 +119,10 @@ class Service:
             self.engine.retire()
             self._end(Retired(generation))
 
+    def offers(self, generation: int) -> bool:
+        """Whether it runs and is ready for a generation that has not come."""
+        return generation == self._offered and isinstance(self.state, Running)
+
     def withdraw(self, generation: int) -> bool:
         """Take back what was offered for a generation, if anything; False if it has been switched to."""
         if generation == self._offered and not self.engine.withdraw(generation):

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import InternalError
@@ -30,6 +31,27 @@ if TYPE_CHECKING:  # torch takes seconds to import: only a worker's process does
 _SWITCH_S = 5e-4
 """How long a thread may keep the interpreter that another one waits for. Python's own 5 ms are longer than a step may
 be, and the engine waits for it again and again while another thread prepares a generation."""
+_BOUNDARY_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerReport:
+    """What an owner says of its pool.
+
+    Parameters
+    ----------
+    version : int
+        Of the extents; it grows with every change while this owner lives.
+    pages : mapping or None
+        Pages of every finished extent, the ledger's too. None: as they were in the version that the asker knows.
+    loaded_bytes, copied_bytes : int
+        Bytes read from the checkpoint, and bytes that came from peers, those of copies that failed half-way included.
+    """
+
+    version: int
+    pages: Mapping[str, tuple[int, ...]] | None
+    loaded_bytes: int
+    copied_bytes: int
 
 
 class OwnerService:
@@ -73,13 +95,11 @@ class OwnerService:
         """See `Filler.fill`."""
         self._filler.fill(requests, pieces, copies)
 
-    def loaded_bytes(self) -> int:
-        """Checkpoint bytes read so far."""
-        return self._filler.loaded_bytes
-
-    def copied_bytes(self) -> int:
-        """Bytes copied from peers so far."""
-        return self._filler.copied_bytes
+    def report(self, seen: int = -1) -> OwnerReport:
+        """What is there now; without the pages if the asker knows this version of them already."""
+        version = self._owner.version  # before the pages: they may be newer, never older
+        pages = self._pages() if version != seen else None
+        return OwnerReport(version, pages, self._filler.loaded_bytes, self._filler.copied_bytes)
 
     def extend(self, key: str, purpose: Purpose, pages: int, had: int | None = None) -> tuple[int, ...]:
         """Append ``pages`` zeroed pages to an extent or a new one; returns all of its pages.
@@ -129,8 +149,8 @@ class OwnerService:
         found = [extent for extent in self._owner.extents(key) if extent.key == key]
         return PageNumbers(found[0].pages) if found else PageNumbers()
 
-    def pages(self) -> Mapping[str, tuple[int, ...]]:
-        """Pages of every finished extent, the ledger's too; the page table's own are nobody's business."""
+    def _pages(self) -> Mapping[str, tuple[int, ...]]:
+        """The page table's own are nobody's business."""
         extents = [e for e in self._owner.extents() if e.key != TABLE_KEY]
         return {e.key: PageNumbers(e.pages) for e in extents if not e.key.startswith(LOADING)}
 
@@ -180,7 +200,9 @@ class WorkerService:
         self._worker.abandon(generation)
 
     def commit(self, generation: int) -> None:
+        """Waits for the boundary, too, so that nobody needs to ask again and again; but it may never come."""
         self._worker.commit(generation)
+        self._worker.wait_for_boundary(generation, _BOUNDARY_S)
 
     def kv_pages(self) -> tuple[int, ...]:
         return self._worker.kv_pages()

@@ -99,7 +99,7 @@ class Worker:
         """Go to a prepared generation at the next boundary at which all members do, or at once while parked.
 
         Without an engine this starts one. A generation that was not prepared here is one that this worker has no part
-        in: it retires, with its sequences, at that boundary, or at once while parked.
+        in: it retires, with its sequences, at that boundary, or at once while parked. Does not wait for the boundary.
 
         Raises
         ------
@@ -121,6 +121,13 @@ class Worker:
                 self._service = service
                 del self._parts[generation]
                 self._changed.notify_all()
+
+    def wait_for_boundary(self, generation: int, timeout_s: float) -> None:
+        """Return when a generation that was committed has come, will not come, or after ``timeout_s``."""
+        service = self._service
+        if service is not None:
+            with self._changed:
+                self._changed.wait_for(lambda: not service.offers(generation), timeout_s)
 
     def kv_pages(self) -> tuple[int, ...]:
         """Pages of the KV blocks mapped now, block by block."""

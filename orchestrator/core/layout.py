@@ -100,11 +100,22 @@ class Layout:
         """KV blocks that a device may have while it goes from ``old`` to this layout, in both of which it is."""
         rank = self.devices.index(device)
         if self.memory_mode == "shared":  # the pool has every expert already
-            return self.kv_blocks(rank)
+            keeps = self._fits_beside_kv_of(old, self.device_pool(rank))
+            return old.kv_blocks(old.devices.index(device)) if keeps else self.kv_blocks(rank)
         before = old.experts_of(old.devices.index(device))
         both = len({*self.experts_of(rank), *before})
         pages = [layout.device_pages(self.seats[rank]) for layout in (self, old)]
         return min(self.kv_blocks(rank), *(self.memory.kv_blocks(both, most) for most in pages))
+
+    def _fits_beside_kv_of(self, old: Layout, pool: str) -> bool:
+        """Whether what KV ``old`` has in a pool may stay until this layout serves: no more than one of them has."""
+        before, after = old._kv_in(pool), self._kv_in(pool)
+        return sum({**after, **before}.values()) <= max(sum(before.values()), sum(after.values()))
+
+    def _kv_in(self, pool: str) -> dict[str, int]:
+        """KV blocks in a pool by device."""
+        ranks = (rank for rank in range(len(self.seats)) if self.device_pool(rank) == pool)
+        return {self.seats[rank].device: self.kv_blocks(rank) for rank in ranks}
 
     def pool_pages(self, pool: str) -> int:
         """Pages of a pool, its page table and ledger included; those of a device alone never change.

@@ -93,11 +93,18 @@ def unneeded(snapshot: Snapshot, *records: Record) -> Iterator[Free]:
 
 
 def resizes(state: State, snapshot: Snapshot) -> Iterator[Effect]:
-    """KV caches that are smaller or larger than the layout says, or whose extent is: something was left half done."""
+    """KV caches that are smaller or larger than the layout says, or whose extent is.
+
+    While one is too large none grows: others may need its memory.
+    """
+    shrinking: list[ResizeKV] = []
+    growing: list[ResizeKV] = []
     for kv in kv_sizes(state, snapshot):
         fact = usable(snapshot, kv.worker)
         if fact is not None and (fact.kv_blocks, kv.pages) != (kv.target, kv.target_pages):
-            yield ResizeKV(kv.worker, kv.target)
+            larger = fact.kv_blocks > kv.target or kv.pages > kv.target_pages
+            (shrinking if larger else growing).append(ResizeKV(kv.worker, kv.target))
+    yield from shrinking or growing
 
 
 def yields(state: State, snapshot: Snapshot) -> Iterator[Effect]:

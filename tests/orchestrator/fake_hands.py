@@ -15,6 +15,7 @@ from concertina.workers.owner import OwnerConfig
 from concertina.workers.pages.table import ExtentRequest
 from concertina.workers.pages.transfer import CopyPlan, PageSource
 from concertina.workers.roles import WorkerConfig, WorkerReport
+from concertina.workers.services import OwnerReport
 
 
 @dataclass
@@ -44,6 +45,7 @@ class FakeOwner:
     hangs: bool = False
     extents: dict[str, tuple[int, ...]] = field(default_factory=dict)
     loaded: int = 0
+    version: int = 0
     next_page: int = 1
 
     async def address(self) -> str:
@@ -90,10 +92,6 @@ class FakeOwner:
     async def source(self) -> PageSource:
         return PageSource(f"@{self.config_.name}", "127.0.0.1", 0, self.config_.token)
 
-    async def copied_bytes(self) -> int:
-        self._alive()
-        return 0
-
     async def kill(self, pid: int) -> None:
         self._alive()
 
@@ -102,19 +100,16 @@ class FakeOwner:
             self._alive()
             await asyncio.sleep(0.01)
 
-    async def loaded_bytes(self) -> int:
-        self._alive()
-        return self.loaded
-
     async def free(self, keys: Sequence[str]) -> None:
         for key in keys:
             self.extents.pop(key, None)
 
-    async def pages(self) -> Mapping[str, tuple[int, ...]]:
+    async def report(self, seen: int = -1) -> OwnerReport:
         while self.hangs and not self.dead:
             await asyncio.sleep(0.01)
         self._alive()
-        return dict(self.extents)
+        self.version += 1
+        return OwnerReport(self.version, dict(self.extents), self.loaded, 0)
 
     async def usage(self) -> Mapping[str, int]:
         used = sum(map(len, self.extents.values()))

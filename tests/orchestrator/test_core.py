@@ -24,7 +24,7 @@ from concertina.orchestrator.core.step import step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .core_layouts import make_layout, node_pages, random_placement
+from .core_layouts import family, make_layout, node_pages, random_placement
 from .core_rest import check_rest
 from .core_schedule import Schedule
 
@@ -186,6 +186,47 @@ def test_pools_have_room_for_what_they_must_hold(seats, order):
         for pool, requests in one.extents(1).items():
             assert one.pool_pages(pool) > sum(r.pages for r in requests)
             assert mode == "shared" or pool.startswith("node/") or one.pool_pages(pool) == other.pool_pages(pool)
+
+
+def _blocks(layout: Layout, pool: str) -> dict[str, int]:
+    """KV blocks in a pool by device."""
+    there = [rank for rank in range(len(layout.seats)) if layout.device_pool(rank) == pool]
+    return {layout.devices[rank]: layout.kv_blocks(rank) for rank in there}
+
+
+@given(st.sampled_from([1, 2]), st.data())
+def test_kv_stays_until_the_switch_where_shared_memory_holds_it(nodes, data):
+    """No more KV is there before it than one of the two layouts has; where it would be, that of who stays gives way."""
+    layouts = family("shared", nodes)
+    old, new = data.draw(st.sampled_from(layouts)), data.draw(st.sampled_from(layouts))
+    for pool in set(old.pools()) & set(new.pools()):
+        before, after = _blocks(old, pool), _blocks(new, pool)
+        staying = {device for device in before if device in after}
+        fits = sum({**after, **before}.values()) <= max(sum(before.values()), sum(after.values()))
+        expected = before if fits else after
+        assert all(new.kv_blocks_coming_from(old, device) == expected[device] for device in staying)
+        if not set(after) - set(before):
+            assert fits  # nobody comes, so nothing needs to be given up
+
+
+def test_shrinking_gives_no_kv_up_before_the_switch_where_memory_is_shared():
+    state, snapshot = _at_rest("shared", 0)
+    more, fewer = node_pages([state.serving.layout, make_layout(TWO[:1], "solo")])
+    fewer = replace(fewer, memory=replace(fewer.memory, device_pages=fewer.memory.device_pages - 6))
+    assert fewer.kv_blocks(0) < more.kv_blocks(0)
+    state = replace(state, serving=replace(state.serving, layout=more))
+    asked = request(state, "scale", "", (fewer,), 0.0)
+    assert step(asked, snapshot).effects == (Prepare("worker-0", 2),)
+
+
+def test_nobodys_kv_grows_before_others_have_shrunk():
+    """They may need the memory of one another."""
+    state, snapshot = _at_rest("shared", 0)
+    (zero, one), blocks = snapshot.workers.values(), state.serving.layout.kv_blocks(0)
+    workers = {"worker-0": replace(zero, kv_blocks=blocks - 1), "worker-1": replace(one, kv_blocks=blocks + 1)}
+    assert step(state, replace(snapshot, workers=workers)).effects == (ResizeKV("worker-1", blocks),)
+    workers = {"worker-0": replace(zero, kv_blocks=blocks - 1), "worker-1": one}
+    assert step(state, replace(snapshot, workers=workers)).effects == (ResizeKV("worker-0", blocks),)
 
 
 def _switching(joiner: WorkerFact) -> tuple[State, Snapshot]:

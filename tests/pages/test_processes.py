@@ -194,7 +194,7 @@ def test_an_owner_killed_while_it_fills_leaves_whole_extents_only(
     peer.fill(requests, pieces)
     for round_number in range(6):
         source = replace(peer.source(), address="") if round_number % 2 else peer.source()
-        copies = [CopyPlan(key, source, peer.pages()[key]) for key in keys[: round_number * 6]]
+        copies = [CopyPlan(key, source, peer.report().pages[key]) for key in keys[: round_number * 6]]
         child = start("service", json.dumps(config))
         pool, lent = lend(config)
         child.send("refill", *([pickle.dumps(item).hex() for item in items] for items in (pieces, copies)))
@@ -203,14 +203,14 @@ def test_an_owner_killed_while_it_fills_leaves_whole_extents_only(
         time.sleep(0.0005 * round_number)
         child.kill()
         owner = OwnerService(OwnerConfig(**config), lent.address)
-        found = owner.pages()
+        found = owner.report().pages
         assert owner.usage()["experts"] == len(found)
         for n, key in enumerate(keys):
             if key in found:
                 assert os.pread(pool.fd, PAGE, found[key][0] * PAGE) == raw(values[n])
         owner.fill(requests, pieces, copies)
         assert all(
-            os.pread(pool.fd, PAGE, owner.pages()[key][0] * PAGE) == raw(values[n]) for n, key in enumerate(keys)
+            os.pread(pool.fd, PAGE, owner.report().pages[key][0] * PAGE) == raw(values[n]) for n, key in enumerate(keys)
         )
         owner._owner.close()
         lent.close()
@@ -234,14 +234,14 @@ def test_a_peer_killed_while_it_is_copied_from_is_replaced_by_the_checkpoint(
         owner = OwnerService(OwnerConfig(**large | {"name": f"{config['name']}-{n}"}))
         filling = threading.Thread(target=owner.fill, args=(requests, pieces, [CopyPlan("trunk", source, pages)]))
         filling.start()
-        while not owner.copied_bytes():  # the first of two requests has been answered
+        while not owner.report().copied_bytes:  # the first of two requests has been answered
             time.sleep(0)
         peer.kill()
         filling.join()
-        data = b"".join(os.pread(owner._owner.pool.fd, 2 << 20, page << 21) for page in owner.pages()["trunk"])
+        data = b"".join(os.pread(owner._owner.pool.fd, 2 << 20, page << 21) for page in owner.report().pages["trunk"])
         # Either all of it had come, zeros as the peer had them, or all of it comes from the file.
         assert data in (bytes(size), raw(values)), n
-        assert (data == raw(values)) == (owner.loaded_bytes() == size)
+        assert (data == raw(values)) == (owner.report().loaded_bytes == size)
         owner._owner.close()
 
 
@@ -259,9 +259,9 @@ def test_an_owner_killed_while_kv_changes_hands_leaves_empty_records(start: Star
         usage = owner.usage()
         assert sum(usage.values()) == config["pages"]
         owner.extend("kv/rest", "kv", usage["free"])
-        ledger = b"".join(os.pread(pool.fd, PAGE, page * PAGE) for page in owner.pages()["ledger"])
+        ledger = b"".join(os.pread(pool.fd, PAGE, page * PAGE) for page in owner.report().pages["ledger"])
         for key in ("kv/fresh", "kv/fresh2", "kv/rest"):
-            assert not any(any(ledger[page * 192 : (page + 1) * 192]) for page in owner.pages().get(key, ()))
+            assert not any(any(ledger[page * 192 : (page + 1) * 192]) for page in owner.report().pages.get(key, ()))
         owner._owner.close()
         lent.close()
         pool.close()

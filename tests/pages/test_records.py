@@ -90,7 +90,7 @@ def purpose(key: str) -> Any:
 
 def apply(service: OwnerService, op: tuple[Any, ...]) -> None:
     name, key, *rest = op
-    there = service.pages().get(key, ())
+    there = service.report().pages.get(key, ())
     chosen = (
         list(dict.fromkeys(there[i % len(there)] for i in rest[0])) if name in ("trim", "relabel") and there else []
     )

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> list[Piece]:
 
 
 def contents(service: OwnerService) -> dict[str, bytes]:
-    return {key: read(service._owner, pages) for key, pages in service.pages().items() if key in KEYS}
+    return {key: read(service._owner, pages) for key, pages in service.report().pages.items() if key in KEYS}
 
 
 EXPECTED = {key: raw(VALUES[n]) for n, key in enumerate(KEYS)}
@@ -69,7 +69,7 @@ EXPECTED = {key: raw(VALUES[n]) for n, key in enumerate(KEYS)}
 
 def plans(peer: OwnerService, keys: Sequence[str] = KEYS, **changes: object) -> list[CopyPlan]:
     source = replace(peer.source(), **changes)  # type: ignore[arg-type]
-    return [CopyPlan(key, source, peer.pages()[key]) for key in keys]
+    return [CopyPlan(key, source, peer.report().pages[key]) for key in keys]
 
 
 def test_extents_come_from_peers_near_and_far_and_from_the_checkpoint(
@@ -78,14 +78,31 @@ def test_extents_come_from_peers_near_and_far_and_from_the_checkpoint(
     here, near, distant = services
     near.fill(REQUESTS[:1], pieces)
     distant.fill(REQUESTS[1:3], pieces)
-    assert (near.loaded_bytes(), near.copied_bytes()) == (PAGES * PAGE, 0)
+    assert (near.report().loaded_bytes, near.report().copied_bytes) == (PAGES * PAGE, 0)
     here.fill(REQUESTS, pieces, [*plans(near, KEYS[:1]), *plans(distant, KEYS[1:3], address="")])
     assert contents(here) == EXPECTED
-    assert (here.copied_bytes(), here.loaded_bytes()) == (3 * PAGES * PAGE, PAGES * PAGE)
+    assert (here.report().copied_bytes, here.report().loaded_bytes) == (3 * PAGES * PAGE, PAGES * PAGE)
     here.fill(REQUESTS, pieces, plans(near, KEYS[:1]))
-    assert (here.copied_bytes(), here.loaded_bytes()) == (3 * PAGES * PAGE, PAGES * PAGE)
+    assert (here.report().copied_bytes, here.report().loaded_bytes) == (3 * PAGES * PAGE, PAGES * PAGE)
     near.free(KEYS)  # nothing stays held
-    assert KEYS[0] not in near.pages()
+    assert KEYS[0] not in near.report().pages
+
+
+def test_who_copies_from_a_peer_does_not_wait_for_huge_pages(services: list[OwnerService], pieces: list[Piece]) -> None:
+    near, here = services[0], OwnerService(replace(config(), huge_pages=True))
+    services.append(here)
+    near.fill(REQUESTS[:2], pieces)
+    asked: list[int] = []
+
+    def refuse(wanted: Iterable[tuple[int, int]], free: object) -> int:
+        asked.extend(count for _, count in wanted)
+        return 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(here._owner._huge, "collapse", refuse)
+        here.fill(REQUESTS, pieces, plans(near, KEYS[:2]))
+    assert sum(asked) == sum(request.pages for request in REQUESTS[2:]) > 0
+    assert contents(here) == EXPECTED
 
 
 class DyingPages:
@@ -130,7 +147,7 @@ def test_whichever_peers_die_every_extent_is_whole(
     copies = [plan for n, key in enumerate(KEYS) if peer_of[n] for plan in plans(peers[peer_of[n] - 1], [key])]
     lives = dict(zip([peer.source() for peer in peers], (first_lives, second_lives), strict=True))
     DyingPages.left = dict(lives)
-    before = here.copied_bytes(), here.loaded_bytes()
+    before = here.report().copied_bytes, here.report().loaded_bytes
     opened = filling.open_pages
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(filling, "open_pages", lambda source: DyingPages(source, opened(source)))
@@ -139,8 +156,8 @@ def test_whichever_peers_die_every_extent_is_whole(
     wanted = {peer.source(): peer_of.count(n + 1) for n, peer in enumerate(peers)}
     whole = sum(min(wanted[source], lives[source]) for source in lives)
     torn = sum(wanted[source] > lives[source] for source in lives)
-    assert here.copied_bytes() - before[0] == whole * PAGES * PAGE + torn * PAGE // 2
-    assert here.loaded_bytes() - before[1] == (EXPERTS - whole) * PAGES * PAGE
+    assert here.report().copied_bytes - before[0] == whole * PAGES * PAGE + torn * PAGE // 2
+    assert here.report().loaded_bytes - before[1] == (EXPERTS - whole) * PAGES * PAGE
 
 
 def test_a_peer_that_cannot_serve_is_done_without(
@@ -161,7 +178,7 @@ def test_a_peer_that_cannot_serve_is_done_without(
     here.free(KEYS)
     here.fill(REQUESTS, pieces, [replace(plan, pages=(500, 501)) for plan in plans(peer)])
     assert contents(here) == EXPECTED
-    assert here.copied_bytes() == 0
+    assert here.report().copied_bytes == 0
     assert "4 of 4 extents come from the checkpoint instead" in caplog.text
     assert "secret" not in caplog.text
 
@@ -191,7 +208,7 @@ def test_two_fills_of_one_extent_read_it_once(service: OwnerService, pieces: lis
     for thread in threads:
         thread.join()
     assert contents(service) == EXPECTED
-    assert service.loaded_bytes() == EXPERTS * PAGES * PAGE
+    assert service.report().loaded_bytes == EXPERTS * PAGES * PAGE
 
 
 def test_extents_grow_shrink_and_change_hands_and_repeating_changes_nothing(service: OwnerService) -> None:
@@ -206,10 +223,10 @@ def test_extents_grow_shrink_and_change_hands_and_repeating_changes_nothing(serv
     assert service.usage()["kv"] == 2
     for _ in range(2):
         service.relabel("kv/a", kept[:1], "kv/b")
-        assert (service.pages()["kv/a"], service.pages()["kv/b"]) == (kept[1:], kept[:1])
+        assert (service.report().pages["kv/a"], service.report().pages["kv/b"]) == (kept[1:], kept[:1])
     for _ in range(2):
         service.relabel("kv/a", kept, "kv/b")
-        assert service.pages().get("kv/b") == (kept[0], kept[1])
+        assert service.report().pages.get("kv/b") == (kept[0], kept[1])
     for _ in range(2):
         assert service.trim("kv/b", []) == ()
         service.free(["kv/a", "kv/b", "kv/b"])
@@ -219,7 +236,7 @@ def test_extents_grow_shrink_and_change_hands_and_repeating_changes_nothing(serv
 def test_impossible_changes_are_refused_and_change_nothing(service: OwnerService) -> None:
     service.extend("kv/a", "kv", 3)
     service.extend("exchange/1", "exchange", 1)
-    before = service.pages()
+    before = service.report().pages
     pages = before["kv/a"]
     for change, message in (
         (lambda: service.extend("kv/a", "experts", 1), "cannot be extended as experts"),
@@ -237,7 +254,7 @@ def test_impossible_changes_are_refused_and_change_nothing(service: OwnerService
             change()
     with pytest.raises(OperatorError, match="out of pages: kv extent 'kv/a' wants 500"):
         service.extend("kv/a", "kv", 500)
-    assert service.pages() == before
+    assert service.report().pages == before
 
 
 def test_nothing_is_half_freed_while_somebody_maps(service: OwnerService) -> None:
@@ -250,7 +267,7 @@ def test_nothing_is_half_freed_while_somebody_maps(service: OwnerService) -> Non
     for change in (lambda: service.trim("kv/a", pages[:2]), lambda: service.free(["kv/b", "kv/a"])):
         with pytest.raises(PagesHeld, match="kv/a"):
             change()
-        assert service.pages()["kv/a"] == pages
+        assert service.report().pages["kv/a"] == pages
         assert read(service._owner, pages) == data
     assert service.trim("kv/a", pages[3:]) == pages[3:]
     del mapped
@@ -277,10 +294,10 @@ def test_an_adopted_pool_has_what_was_whole_and_nothing_else(
         old._owner.allocate_all([replace(r, key="loading:" + r.key) for r in REQUESTS[2:]])
     pool = fetch_pool(old.address(), "secret")
     lent = PoolServer(pool, "secret", old.address() + "/lent")
-    before = old.pages()
+    before = old.report().pages
     old._owner.close()
     services[0] = new = OwnerService(old.config(), lent.address)
-    assert new.pages() == before
+    assert new.report().pages == before
     assert new.usage()["experts"] == 2 * PAGES
     new.fill(REQUESTS, pieces)
     assert contents(new) == EXPECTED
@@ -307,9 +324,19 @@ def test_an_owner_says_who_it_is(service: OwnerService) -> None:
     source = pickle.loads(pickle.dumps(service.source()))
     assert (source.address, source.host) == (service.address(), "127.0.0.1")
     assert "secret" not in repr(source)
-    assert len(service.pages()["ledger"]) == 2
-    assert "table" not in service.pages()
+    assert len(service.report().pages["ledger"]) == 2
+    assert "table" not in service.report().pages
     service.wait(0.001)
+
+
+def test_pages_are_told_again_only_when_they_have_changed(service: OwnerService) -> None:
+    told = service.report()
+    assert service.report(told.version) == replace(told, pages=None)
+    service.extend("kv/a", "kv", 2)
+    changed = service.report(told.version)
+    assert changed.version > told.version
+    assert changed.pages is not None
+    assert len(changed.pages["kv/a"]) == 2
 
 
 def test_page_numbers_travel_as_runs() -> None:

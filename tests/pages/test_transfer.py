@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
 
@@ -14,9 +17,12 @@ import pytest
 from concertina.errors import InternalError, OperatorError
 from concertina.workers.owner import MemoryOwner
 from concertina.workers.pages import page_client, page_server
+from concertina.workers.pages.backend import PoolGeometry
 from concertina.workers.pages.holds import PagesHeld
+from concertina.workers.pages.memfd import MemfdBackend
 from concertina.workers.pages.page_client import COUNT, RUN
-from concertina.workers.pages.transfer import PageSource, open_pages
+from concertina.workers.pages.sharing import fetch_pool
+from concertina.workers.pages.transfer import LocalPages, PageSource, open_pages
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -98,6 +104,59 @@ def test_impossible_reads_are_refused(source: PageSource) -> None:
         memory = bytearray(PAGE)
         reader.read_into([50], [memoryview(memory)])
         assert memory[:4] == (50).to_bytes(4, "little")
+
+
+def refused(*_: object) -> int:
+    raise OSError(errno.EXDEV, "not here")
+
+
+whole = os.copy_file_range
+
+
+def little(fd: int, to_fd: int, nbytes: int, offset: int, to_offset: int) -> int:
+    """Fewer bytes than asked for, and no whole page."""
+    return whole(fd, to_fd, min(nbytes, PAGE // 2 + 1), offset, to_offset)
+
+
+@given(st.data())
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_pages_are_copied_from_pool_to_pool(owner: MemoryOwner, data: st.DataObject) -> None:
+    """However they lie on both sides, whatever the kernel can do, and nothing beside them is touched."""
+    there = data.draw(st.lists(st.integers(3, POOL - 1), max_size=40))
+    size = POOL + 7
+    to_pages = data.draw(st.permutations(range(size)))[: len(there)]
+    kernel = data.draw(st.sampled_from([whole, refused, little]))
+    arrived: list[int] = []
+    with pytest.MonkeyPatch.context() as patch, closing(MemfdBackend().create(PoolGeometry("to", size, PAGE))) as to:
+        with LocalPages(fetch_pool(owner.address, owner.config.token)) as reader:
+            patch.setattr(os, "copy_file_range", kernel)
+            reader.copy_to(there, to, to_pages, arrived.append)
+        found = [os.pread(to.fd, PAGE, page * PAGE) for page in range(size)]
+    assert sum(arrived) == len(there) * PAGE
+    expected, empty = owner._window.memory(), bytes(PAGE)
+    came = dict(zip(to_pages, there, strict=True))
+    for page, bytes_there in enumerate(found):
+        wanted = expected[came[page] * PAGE : (came[page] + 1) * PAGE] if page in came else empty
+        assert bytes_there == wanted
+
+
+def test_impossible_copies_are_refused(owner: MemoryOwner) -> None:
+    with LocalPages(fetch_pool(owner.address, owner.config.token)) as reader:
+        for size, there, to_pages in ((PAGE, [3], [1, 2]), (2 * PAGE, [3], [1])):
+            with (
+                closing(MemfdBackend().create(PoolGeometry("to", 8, size))) as to,
+                pytest.raises(InternalError, match="copy: 1 pages of"),
+            ):
+                reader.copy_to(there, to, to_pages)
+        with closing(MemfdBackend().create(PoolGeometry("to", 8, PAGE))) as to:
+            for there, to_pages in (([POOL], [1]), ([3], [8]), ([-1], [1])):
+                with pytest.raises(InternalError, match="outside 0"):
+                    reader.copy_to(there, to, to_pages)
+            with owner.pool.holds() as holds:
+                assert holds.claim([5])
+                with pytest.raises(PagesHeld, match="being freed elsewhere"):
+                    reader.copy_to([4, 5], to, [1, 2])
+            assert to.resident_bytes() == 0
 
 
 def test_pages_that_are_being_freed_are_refused(owner: MemoryOwner, source: PageSource) -> None:

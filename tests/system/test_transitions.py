@@ -147,7 +147,7 @@ async def settled(load: Load, workers: int) -> DeploymentStatus:
 
 
 def kv_extents(hands: ProcessHands) -> set[str]:
-    return {key for owner in hands.owners.values() for key in owner.pages() if key.startswith("kv/")}
+    return {key for owner in hands.owners.values() for key in owner.report().pages if key.startswith("kv/")}
 
 
 async def cleared(load: Load, workers: int) -> None:

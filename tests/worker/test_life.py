@@ -12,6 +12,7 @@ import torch
 from concertina.errors import InternalError, PeerLost
 from concertina.workers.generation import TRUNK_KEY, expert_key, kv_key
 from concertina.workers.owner import MemoryOwner
+from concertina.workers.worker import Worker
 
 from ..model.loaded import Loaded
 from .site import LocalWorker, Site, bring, prepare, together, until
@@ -278,6 +279,9 @@ def test_abandoning_takes_back_what_was_prepared_offered_or_is_joining(
             streams = start_all(client, workers, 60)
             offered = prepare(workers, site.generation(["a", "b"], shift=1))
             workers[0].worker.commit(offered)  # the other one never comes
+            began_s = time.monotonic()
+            workers[0].worker.wait_for_boundary(offered, 0.05)
+            assert time.monotonic() - began_s >= 0.05
             for worker in workers:
                 for _ in range(2):
                     worker.worker.abandon(offered)
@@ -289,10 +293,18 @@ def test_abandoning_takes_back_what_was_prepared_offered_or_is_joining(
             leave = prepare(workers[:1], site.generation(["a"], "solo"))
             workers[1].worker.commit(leave)  # would retire
             together(*(lambda w=w: w.worker.abandon(leave) for w in workers))  # type: ignore[misc]
-            bring(workers, site.generation(["a", "b"]))
+            number = prepare(workers, site.generation(["a", "b"]))
+            together(*(lambda w=w: come(w.worker, number) for w in workers))  # type: ignore[misc]
+            assert [w.worker.report().serving for w in workers] == [number] * 2
             assert all(right(stream, loaded) for stream in streams)
     finally:
         gc.enable()
+
+
+def come(worker: Worker, generation: int) -> None:
+    """Commit, and wait for the boundary."""
+    worker.commit(generation)
+    worker.wait_for_boundary(generation, 20)
 
 
 def test_abandoning_an_idle_worker_frees_everything(make_site: MakeSite, hire: Hire) -> None:

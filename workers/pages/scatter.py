@@ -19,6 +19,19 @@ def check_request(geometry: PoolGeometry, pages: Sequence[int], segments: Sequen
         )
 
 
+def paired_runs(pages: Sequence[int], to_pages: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Pages that are adjacent on both sides: (first page, first page there, count)."""
+    to_runs = iter(runs(to_pages))
+    to_first, room = 0, 0
+    for first, count in runs(pages):
+        while count:
+            if not room:
+                to_first, room = next(to_runs)
+            part = min(count, room)
+            yield first, to_first, part
+            first, count, to_first, room = first + part, count - part, to_first + part, room - part
+
+
 def scatter(
     geometry: PoolGeometry, pages: Sequence[int], segments: Sequence[memoryview], most_bytes: int
 ) -> Iterator[tuple[int, memoryview]]:

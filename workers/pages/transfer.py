@@ -15,7 +15,7 @@ from ...errors import ConcertinaError, InternalError
 from .backend import PoolGeometry
 from .memfd import MemfdPool
 from .page_client import RemotePages
-from .scatter import check_request, scatter
+from .scatter import check_request, paired_runs, scatter
 from .sharing import fetch_pool
 
 _log = logging.getLogger(__name__)
@@ -123,6 +123,31 @@ class LocalPages:
                 if copied:
                     copied(len(memory))
 
+    def copy_to(
+        self, pages: Sequence[int], pool: MemfdPool, to_pages: Sequence[int], copied: Copied | None = None
+    ) -> None:
+        """Copy pages to those of another pool of this host, which the caller holds. Neither side is mapped.
+
+        Pages that are not there yet are made on the way, and not zeroed before.
+
+        Raises
+        ------
+        InternalError
+            Another number of pages, or pages of another size; pages outside a pool.
+        """
+        if len(pages) != len(to_pages) or pool.geometry.page_bytes != self.geometry.page_bytes:
+            raise InternalError(
+                f"copy: {len(pages)} pages of {self.geometry.page_bytes} bytes for {len(to_pages)} of "
+                f"{pool.geometry.page_bytes}"
+            )
+        self._pool.check_pages(pages)
+        pool.check_pages(to_pages)
+        with self._pool.holds() as holds:
+            holds.share(pages)
+            for first, to_first, count in paired_runs(pages, to_pages):
+                size = self.geometry.page_bytes
+                _copy(self._pool.fd, first * size, pool.fd, to_first * size, count * size, copied)
+
     def close(self) -> None:
         self._pool.close()
 
@@ -131,6 +156,22 @@ class LocalPages:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _copy(fd: int, offset: int, to_fd: int, to_offset: int, nbytes: int, copied: Copied | None) -> None:
+    done = 0
+    while done < nbytes:
+        count = _copy_some(fd, offset + done, to_fd, to_offset + done, min(_READ_BYTES, nbytes - done))
+        done += count
+        if copied:
+            copied(count)
+
+
+def _copy_some(fd: int, offset: int, to_fd: int, to_offset: int, nbytes: int) -> int:
+    try:
+        return os.copy_file_range(fd, to_fd, nbytes, offset, to_offset)
+    except OSError:  # not every kernel does that for memory files; what else is wrong is met again
+        return os.pwrite(to_fd, os.pread(fd, nbytes, offset), to_offset)
 
 
 def _read(fd: int, offset: int, memory: memoryview) -> None:
