@@ -154,7 +154,8 @@ def case_bound(layer: LayerProblem, tokens_U: FloatArray, base_D: FloatArray) ->
 def count_bound(layer: LayerProblem, tokens_U: FloatArray, base_D: FloatArray) -> float:
     """The bound of eq. 11 to 14 alone."""
     case = _case(layer, tokens_U, base_D)
-    start = max(float(base_D.max()), 1e-30)
+    even_s = float((tokens_U.sum() + (base_D / layer.token_s_D).sum()) / (1.0 / layer.token_s_D).sum())
+    start = max(float(base_D.max()), even_s, 1e-30)
     counted = _least_time(start, 2.0 * start, lambda t: _fits(case, t))
     every = np.arange(1, layer.units + 1)
     above = counted * (1.0 + 2.0 * PRECISION)

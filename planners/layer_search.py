@@ -25,7 +25,7 @@ from .price_bound import Pricing
 from .problem import Objective
 from .recipe import TRIES, followed
 from .risk import risk
-from .robust import RobustSearch
+from .robust import FIRST_SWEEPS, Cases, RobustSearch
 from .units import LayerProblem
 from .value_bound import value_bound
 from .wrap import Wrap, wrapped
@@ -46,8 +46,10 @@ FIRST_WRAPS = 3
 SPREADS = (3.0, 1.0, 0.0)
 PARTS = (1.0, 0.5, 0.25, 0.0)
 """How `broad_attempts` spreads replicas over units, and parts of the free slots that it uses."""
-MOVES = 25
+MOVES = 50
 """Moves over all cases in one piece of work."""
+ROBUST_PATIENCE = 40
+"""Such pieces of work without a better layout after which a layer is given up."""
 FRESH = 5
 """Fresh layouts before every other piece of work disturbs the best one instead."""
 UNPRICED = 1
@@ -66,8 +68,14 @@ def case_times(layer: LayerProblem, layout: Layout, objective: Objective) -> Flo
 
 
 def layer_cost(layer: LayerProblem, layout: Layout, objective: Objective) -> float:
-    """The layer's step term and moves for a layout (eq. 7 to 9); communication is left out."""
-    time_C = case_times(layer, layout, objective).max(axis=1)
+    """The layer's step term and moves for a layout (eq. 7 to 9); communication is left out.
+
+    Splits of several cases are balanced together, nearly as well as alone: the cost is an upper bound.
+    """
+    if objective.split == "per_batch" and len(layer.tokens_CU) > 1:
+        time_C = Cases(layer, layout).times(FIRST_SWEEPS).max(axis=0)
+    else:
+        time_C = case_times(layer, layout, objective).max(axis=1)
     step = risk(layer.scenario_C, layer.case_weight_C, time_C, objective.tail)
     return step + moved_cost(layer, layout)
 
@@ -219,7 +227,7 @@ class LayerSearch:
         """No fresh layouts are left: disturb the best one, or for several cases go on with moves judged by all."""
         if self._kicks() and self._idle < PATIENCE:
             self._kick(gap)
-        elif self._several and self.best is not None and self._idle < PATIENCE:
+        elif self._several and self.best is not None and self._idle < ROBUST_PATIENCE:
             self._move_robustly()
         else:
             self.exhausted = True
@@ -230,7 +238,8 @@ class LayerSearch:
             self._robust = RobustSearch(self.layer, self.best, self.objective, self.params.seed + self.layer.layer)
         if self._robust.run(MOVES):
             self._idle = 0
-            self.offer(self._robust.layout())
+            layout = self._robust.layout()
+            self.offer(layout, self._robust.best_s + moved_cost(self.layer, layout))
         else:
             self._idle += 1
 
@@ -242,11 +251,12 @@ class LayerSearch:
         search.run(self.mean_bound_s, gap, self.params.rounds)
         self.offer(search.layout())
 
-    def offer(self, layout: Layout) -> None:
-        """Keep the layout if it is the best so far, without replicas that serve nothing."""
+    def offer(self, layout: Layout, cost: float | None = None) -> None:
+        """Keep the layout, of this cost where that is known, if it is the best so far; no replica serves nothing."""
         if self.objective.split == "fixed":
             layout = without_idle(self.layer, layout)
-        cost = layer_cost(self.layer, layout, self.objective)
+        if cost is None:
+            cost = layer_cost(self.layer, layout, self.objective)
         if cost < self.cost_s:
             self.best, self.cost_s = layout, cost
 

@@ -7,6 +7,7 @@ in vectors over cases, from where they were before the move.
 from __future__ import annotations
 
 import random
+from collections import deque
 from itertools import pairwise
 
 import numpy as np
@@ -20,6 +21,8 @@ from .units import LayerProblem
 FIRST_SWEEPS = 12
 SWEEPS = 2
 """Passes over the shared units at the start, and when a move is judged."""
+LATE = 60
+"""Moves ago with whose cost a move is compared."""
 
 
 class Cases:
@@ -77,7 +80,11 @@ class Cases:
 
 
 class RobustSearch:
-    """Exchanges and replacements of replicas, accepted when the cost over all cases falls."""
+    """Exchanges and replacements of replicas, judged by the cost over all cases; keeps the best layout met.
+
+    A move is accepted that costs no more than the layout before it, or less than the one `LATE` moves ago (late
+    acceptance, Burke and Bykov 2017): few exchanges pay at once where all cases count.
+    """
 
     def __init__(self, layer: LayerProblem, layout: Layout, objective: Objective, seed: int) -> None:
         self.layer = layer
@@ -85,17 +92,19 @@ class RobustSearch:
         self.random = random.Random(seed)
         self.cases = Cases(layer, layout)
         self.time_DC = self.cases.times(FIRST_SWEEPS)
-        self.cost_s = self._cost(self.time_DC)
+        self.cost_s = self.best_s = self._cost(self.time_DC)
+        self._best = self._saved()
+        self._late_s = deque([self.cost_s] * LATE, LATE)
 
     def layout(self) -> Layout:
-        """The replicas, with shares balanced for the mean loads."""
-        layer, cases = self.layer, self.cases
-        flow = flow_of(layer, cases.unit_R, cases.device_R, layer.tokens_U, layer.base_D)
+        """The best replicas met, with shares balanced for the mean loads."""
+        layer, (unit_R, device_R, _, _) = self.layer, self._best
+        flow = flow_of(layer, unit_R, device_R, layer.tokens_U, layer.base_D)
         flow.settle(range(layer.devices), 1e-6 * max(flow.time))
-        return Layout(cases.unit_R.copy(), cases.device_R.copy(), np.array(flow.amount))
+        return Layout(unit_R.copy(), device_R.copy(), np.array(flow.amount))
 
     def run(self, moves: int) -> int:
-        """Try that many moves; returns how many were accepted."""
+        """Try that many moves; returns how many led to the best layout so far."""
         return sum(self._try() for _ in range(moves))
 
     def _cost(self, time_DC: FloatArray) -> float:
@@ -142,13 +151,24 @@ class RobustSearch:
     ) -> bool:
         if self.layer.plain or self._keeps_rules(units, devices):
             time_DC = self.cases.times(SWEEPS)
-            cost = self._cost(time_DC)
-            if cost < self.cost_s * (1.0 - 1e-9):
-                self.time_DC, self.cost_s = time_DC, cost
-                return True
+            if self._accept(time_DC, self._cost(time_DC)):
+                return self._is_best()
         cases = self.cases
         cases.unit_R, cases.device_R, cases.amount_RC, cases.rows = before
         return False
+
+    def _accept(self, time_DC: FloatArray, cost_s: float) -> bool:
+        accepted = cost_s <= self.cost_s or cost_s < self._late_s[0]
+        if accepted:
+            self.time_DC, self.cost_s = time_DC, cost_s
+        self._late_s.append(self.cost_s)
+        return accepted
+
+    def _is_best(self) -> bool:
+        if self.cost_s >= self.best_s * (1.0 - 1e-9):
+            return False
+        self.best_s, self._best = self.cost_s, self._saved()
+        return True
 
     def _keeps_rules(self, units: tuple[int, int], devices: tuple[int, int]) -> bool:
         layer, cases = self.layer, self.cases

@@ -21,15 +21,28 @@ from .units import layer_problems
 
 PLANS = 4
 """Plans to choose from."""
-JUDGES = 4
-"""Samples to judge by, in samples that one plan is made for."""
+PAIR = 2
+"""Replicas of its busiest expert from which on a sample that no plan can balance counts less (eq. 23)."""
 
 
 def judging(problem: PlacementProblem, sampling: Sampling | None = None) -> PlacementProblem:
-    """The problem under the samples by which `solve_sampled` judges: more of them, and other ones than plans know."""
+    """The problem under the samples by which `solve_sampled` judges: other ones than plans know."""
     sampling = sampling or Sampling()
-    more = replace(sampling, seed=sampling.seed + PLANS, count=JUDGES * sampling.count)
-    return replace(problem, loads=with_samples(problem.loads, more))
+    return sampled(problem, replace(sampling, seed=sampling.seed + PLANS))
+
+
+def sampled(problem: PlacementProblem, sampling: Sampling) -> PlacementProblem:
+    """The problem under its scenarios and sampled ones, these in proportion to what can be done about them (eq. 23).
+
+    A sample whose busiest expert overfills a pair of devices costs much in any plan; unscaled, it would outweigh many
+    samples that a plan can balance or not.
+    """
+    loads = with_samples(problem.loads, sampling)
+    tokens_SLE = loads.tokens_SLE.copy()
+    drawn_NLE = tokens_SLE[len(problem.loads.tokens_SLE) :]
+    even_NL1 = drawn_NLE.sum(axis=2, keepdims=True) / problem.devices
+    drawn_NLE *= even_NL1 / np.maximum(np.maximum(even_NL1, drawn_NLE.max(axis=2, keepdims=True) / PAIR), 1e-300)
+    return replace(problem, loads=replace(loads, tokens_SLE=tokens_SLE))
 
 
 def lower_bound(problem: PlacementProblem) -> float:
@@ -62,8 +75,8 @@ def solve_sampled(
     sampling = sampling or Sampling()
     found: list[Solution] = []
     for plan in range(PLANS):
-        loads = with_samples(problem.loads, replace(sampling, seed=sampling.seed + plan))
-        answer = solve(replace(problem, loads=loads), "scalable", stop=stop)
+        known = sampled(problem, replace(sampling, seed=sampling.seed + plan))
+        answer = solve(known, "scalable", stop=stop)
         if isinstance(answer, Infeasible):
             return answer
         found.append(answer)

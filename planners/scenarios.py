@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .fields import FloatArray, finite
+from .fields import FloatArray, fail, finite
 from .model import Loads
 
 
@@ -31,24 +31,34 @@ class Sampling:
         Part of the variance that experts share along the deviations of the given scenarios, in [0, 1].
     transferred : float
         Part of the samples that transfer ranks (eq. 20) where there are two scenarios or more, in [0, 1].
-    jitter : float
-        Standard deviation of the exchange of neighbouring ranks, in experts of the layer.
+    jitters : tuple of float
+        Standard deviations of the exchange of ranks, in experts of the layer; samples take them in turn. How far ranks
+        carry over to a new domain is not known, so the scales reach from neighbours to any rank.
+    powers : tuple of float
+        Samples are raised to these, in turn, and scaled back to their totals: a new domain may be sharper than those
+        seen, by how much is not known either.
     seed : int
     """
 
-    count: int = 48
+    count: int = 240
     weight: float = 0.7
     floor: float = 0.5
     sigma: float = 0.7
     belief: float = 2.0
     common: float = 0.5
-    transferred: float = 0.5
-    jitter: float = 1.0 / 16.0
+    transferred: float = 0.75
+    jitters: tuple[float, ...] = (1.0 / 16.0, 1.0 / 4.0, 1.0)
+    powers: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("count", "floor", "sigma", "belief", "jitter", "seed"):
+        for name in ("count", "floor", "sigma", "belief", "seed"):
             finite(f"sampling: {name}", getattr(self, name))
+        for name in ("jitters", "powers"):
+            if not getattr(self, name):
+                fail(f"sampling: {name}", (), "at least one number")
+            for value in getattr(self, name):
+                finite(f"sampling: {name}", value)
         finite("sampling: weight", self.weight, 0.0, 0.999)
         for name in ("common", "transferred"):
             finite(f"sampling: {name}", getattr(self, name), 0.0, 1.0)
@@ -70,7 +80,17 @@ def with_samples(loads: Loads, sampling: Sampling | None = None) -> Loads:
     weights = np.concatenate(
         [weight_S * (1 - sampling.weight), np.full(sampling.count, sampling.weight / sampling.count)]
     )
-    return replace(loads, tokens_SLE=np.concatenate([loads.tokens_SLE, *drawn]), weights_S=weights)
+    sharp_NLE = _sharpened(np.concatenate(drawn), sampling.powers)
+    return replace(loads, tokens_SLE=np.concatenate([loads.tokens_SLE, sharp_NLE]), weights_S=weights)
+
+
+def _sharpened(drawn_NLE: FloatArray, powers: tuple[float, ...]) -> FloatArray:
+    """Every sample raised to one of the powers, in turn, with its totals as before."""
+    total_NL = drawn_NLE.sum(axis=2, keepdims=True)
+    part_NLE = drawn_NLE / np.maximum(drawn_NLE.max(axis=2, keepdims=True), 1e-300)
+    raised_NLE = part_NLE ** np.resize(powers, len(drawn_NLE))[:, None, None]
+    sharp_NLE: FloatArray = raised_NLE * (total_NL / np.maximum(raised_NLE.sum(axis=2, keepdims=True), 1e-300))
+    return sharp_NLE
 
 
 def _by_law(loads: Loads, sampling: Sampling, count: int, draw: np.random.Generator) -> FloatArray:
@@ -107,7 +127,8 @@ def _by_rank(loads: Loads, sampling: Sampling, count: int, draw: np.random.Gener
     by_rank_SLE = np.take_along_axis(scaled_SLE, rest_SLE, axis=2)
     sources = np.searchsorted(np.cumsum(weight_S), (np.arange(count) + 0.5) / max(count, 1))
     source_NL = np.stack([draw.permutation(sources) for _ in range(layers)], axis=1)
-    near = draw.normal(0.0, sampling.jitter * experts, (count, layers, experts)) + np.arange(experts)
+    scale_N = np.resize(sampling.jitters, count)[:, None, None] * experts
+    near = draw.standard_normal((count, layers, experts)) * scale_N + np.arange(experts)
     taken = np.take_along_axis(by_rank_SLE[source_NL, np.arange(layers)], np.argsort(near, axis=2), axis=2)
     drawn = np.empty_like(taken)
     np.put_along_axis(drawn, np.broadcast_to(ranked_LE, taken.shape), taken, axis=2)

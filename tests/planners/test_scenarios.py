@@ -7,17 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from concertina.errors import OperatorError
+from concertina.planners.assemble import layout_of
 from concertina.planners.baselines import eplb_global
 from concertina.planners.check import check
 from concertina.planners.cost import evaluate
+from concertina.planners.layer_search import case_times, layer_cost
 from concertina.planners.model import Loads
 from concertina.planners.placement import Replica
 from concertina.planners.problem import Objective, Options, Pair
-from concertina.planners.sampled import PLANS, judging, solve_sampled
+from concertina.planners.sampled import PLANS, judging, sampled, solve_sampled
 from concertina.planners.scenarios import Sampling, with_samples
 from concertina.planners.solution import Infeasible, Solution, StoppingRule
 from concertina.planners.solve import solve
 from concertina.planners.split import SplitTable, split
+from concertina.planners.units import layer_problems
 
 from .instances import problem
 
@@ -51,12 +54,16 @@ def test_bad_sampling_is_refused() -> None:
         Sampling(weight=1.5)
     with pytest.raises(OperatorError, match="sampling: transferred"):
         Sampling(transferred=-0.1)
+    with pytest.raises(OperatorError, match="sampling: powers"):
+        Sampling(powers=())
+    with pytest.raises(OperatorError, match="sampling: jitters"):
+        Sampling(jitters=(-1.0,))
 
 
 def test_transferred_ranks_are_real_loads_of_experts_that_ranked_alike() -> None:
     """Eq. 20: each sample is one scenario's loads reordered; without jitter, by ranks in what is left without it."""
     loads = Loads(domains(3, 2, 12, 4))
-    more = with_samples(loads, Sampling(count=6, transferred=1.0, jitter=0.0))
+    more = with_samples(loads, Sampling(count=6, transferred=1.0, jitters=(0.0,), powers=(1.0,)))
     tokens_SLE, drawn_NLE = loads.tokens_SLE, more.tokens_SLE[3:]
     total_SL = tokens_SLE.sum(axis=2)
     scaled_SLE = tokens_SLE * (total_SL.mean(axis=0) / total_SL)[:, :, None]
@@ -70,7 +77,7 @@ def test_transferred_ranks_are_real_loads_of_experts_that_ranked_alike() -> None
             expected += [sample_E, sample_E]  # each scenario is the source of as many samples
         drawn_NE = sorted(drawn_NLE[:, layer].tolist())
         np.testing.assert_allclose(drawn_NE, sorted(e.tolist() for e in expected))
-    jittered = with_samples(loads, Sampling(count=6, transferred=1.0)).tokens_SLE[3:]
+    jittered = with_samples(loads, Sampling(count=6, transferred=1.0, powers=(1.0,))).tokens_SLE[3:]
     assert (jittered != drawn_NLE).any()
     sorted_NLE = np.sort(jittered, axis=2)
     for layer in range(2):
@@ -92,12 +99,49 @@ def test_a_law_with_common_variance_moves_experts_together() -> None:
     """Eq. 15: experts that rose and fell together in the scenarios do so in samples, as far as ``common`` says."""
     tokens_SLE = np.full((4, 1, 6), 1000.0)
     tokens_SLE[:2, :, :2] = 3000.0
+    lone = Sampling(400, transferred=0.0, common=0.0, powers=(1.0,))
     apart, together = (
-        np.log(with_samples(Loads(tokens_SLE), Sampling(400, transferred=0.0, common=common)).tokens_SLE[4:, 0])
-        for common in (0.0, 1.0)
+        np.log(with_samples(Loads(tokens_SLE), law).tokens_SLE[4:, 0]) for law in (lone, replace(lone, common=1.0))
     )
     assert abs(np.corrcoef(apart[:, 0] - apart[:, 5], apart[:, 1] - apart[:, 4])[0, 1]) < 0.2
     assert np.corrcoef(together[:, 0], together[:, 1])[0, 1] > 0.99
+
+
+def test_powers_sharpen_samples_and_keep_their_totals_and_order() -> None:
+    loads = Loads(domains(3, 2, 10, 6))
+    plain, sharp = (
+        with_samples(loads, Sampling(count=4, powers=powers)).tokens_SLE[3:] for powers in ((1.0,), (1.0, 2.0))
+    )
+    np.testing.assert_allclose(sharp[::2], plain[::2])
+    np.testing.assert_allclose(sharp.sum(axis=2), plain.sum(axis=2))
+    assert (sharp[1::2].max(axis=2) > plain[1::2].max(axis=2)).all()
+    ratio = np.log(sharp[1::2]) - 2.0 * np.log(plain[1::2])
+    np.testing.assert_allclose(np.ptp(ratio, axis=2), 0.0, atol=1e-9)
+
+
+def test_a_sample_that_no_pair_of_devices_holds_counts_less() -> None:
+    """Eq. 23: the least time that pairs leave is the same for all samples, and no sample's shape changes."""
+    p = problem(domains(3, 1, 8, 7), [1.0] * 6, 4, expert_bytes=1e-6, objective=Objective(split="per_batch"))
+    sampling = Sampling(count=40)
+    before = with_samples(p.loads, sampling).tokens_SLE
+    after = sampled(p, sampling).loads.tokens_SLE
+    np.testing.assert_array_equal(after[:3], before[:3])
+    total_N = before[3:].sum(axis=2).ravel()
+    need_N = np.maximum(total_N / 6, before[3:].max(axis=2).ravel() / 2)
+    np.testing.assert_allclose(after[3:], before[3:] * (total_N / 6 / need_N)[:, None, None])
+    assert (after[3:].sum(axis=2) < before[3:].sum(axis=2) * 0.99).any()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_splits_of_several_cases_at_once_are_no_better_than_the_best_and_nearly_as_good(seed: int) -> None:
+    p = problem(domains(6, 1, 12, seed), [1.0, 0.5, 1.0, 0.7], 5, objective=Objective(split="per_batch"))
+    answer = solve(p, "scalable", stop=StoppingRule(gap=1e-4, iterations=12))
+    assert isinstance(answer, Solution)
+    layer = layer_problems(p)[0]
+    layout = layout_of(p, layer, answer.placement)
+    assert layout is not None
+    exact = float(layer.case_weight_C @ case_times(layer, layout, p.objective).max(axis=1))
+    assert exact * (1 - 1e-9) <= layer_cost(layer, layout, p.objective) <= exact * 1.01
 
 
 def test_the_plan_for_samples_is_the_best_of_several_on_samples_that_none_has_seen() -> None:
@@ -110,8 +154,7 @@ def test_the_plan_for_samples_is_the_best_of_several_on_samples_that_none_has_se
     judge = judging(p, sampling)
     assert check(judge, answer) == []
     for k in range(PLANS):
-        loads = with_samples(p.loads, replace(sampling, seed=k))
-        one = solve(replace(p, loads=loads), "scalable", stop=stop)
+        one = solve(sampled(p, replace(sampling, seed=k)), "scalable", stop=stop)
         assert isinstance(one, Solution)
         assert answer.cost.total <= evaluate(judge, one.placement).total * (1 + 1e-9)
     again = solve_sampled(p, sampling, stop)
