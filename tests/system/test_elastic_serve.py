@@ -122,16 +122,16 @@ def test_growing_and_shrinking(server: Server, deployment: Deployment, load: Cli
     assert grown.generation == before.generation + 1
     assert command(server, "scale", "--workers", "3", "--wait")["reason"] == "nothing to do"
 
+    withdrawn = deployment.scale(6)  # has to start workers, which takes seconds
+    assert deployment.cancel(withdrawn.id).state == "canceled"
+    assert "ended already (canceled)" in refused(server, "cancel", withdrawn.id)
+    assert settled(deployment, 3).generation == grown.generation
+
     drained = command(server, "drain", "cpu-1", "--deadline", "30s", "--wait")
     assert drained["state"] == "done"
     shrunk = settled(deployment, 2)
     assert [worker.device for worker in shrunk.workers] == ["cpu-0", "cpu-2"]
     assert kv_blocks(shrunk) == kv_blocks(before)
-
-    withdrawn = deployment.scale(6)  # has to start workers, which takes seconds
-    assert deployment.cancel(withdrawn.id).state == "canceled"
-    assert "ended already (canceled)" in refused(server, "cancel", withdrawn.id)
-    assert settled(deployment, 2).generation == shrunk.generation
     load.more()
     print(f"longest silence while scaling: {load.silent_s:.2f} s")
 
