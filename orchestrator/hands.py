@@ -12,11 +12,10 @@ from typing import Protocol
 
 from ..workers.generation import Assignment, KVSource
 from ..workers.loading import Piece
-from ..workers.owner import OwnerConfig
+from ..workers.owner import OwnerConfig, OwnerReport
 from ..workers.pages.table import ExtentRequest, Purpose
 from ..workers.pages.transfer import CopyPlan, PageSource
 from ..workers.roles import WorkerConfig, WorkerReport
-from ..workers.services import OwnerReport
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,26 @@ class OwnerStats:
     huge_regions: int
 
 
+@dataclass(frozen=True, slots=True)
+class OwnerReport:
+    """What an owner says of its pool.
+
+    Parameters
+    ----------
+    version : int
+        Of the extents; it grows with every change while this owner lives.
+    pages : mapping or None
+        Pages of every finished extent, the ledger's too. None: as they were in the version that the asker knows.
+    loaded_bytes, copied_bytes : int
+        Bytes read from the checkpoint, and bytes that came from peers, those of copies that failed half-way included.
+    """
+
+    version: int
+    pages: Mapping[str, tuple[int, ...]] | None
+    loaded_bytes: int
+    copied_bytes: int
+
+
 class MemoryOwner:
     """Owns a new pool; `adopt` makes one that takes over an existing pool. Methods may be called from any thread.
 

@@ -10,14 +10,13 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import InternalError
 from .background import in_background
 from .filling import LOADING, Filler
 from .loading import Piece
-from .owner import MemoryOwner, OwnerConfig
+from .owner import MemoryOwner, OwnerConfig, OwnerReport
 from .pages.backend import PageNumbers
 from .pages.store import TABLE_KEY
 from .pages.table import ExtentRequest, Purpose
@@ -32,26 +31,6 @@ _SWITCH_S = 5e-4
 """How long a thread may keep the interpreter that another one waits for. Python's own 5 ms are longer than a step may
 be, and the engine waits for it again and again while another thread prepares a generation."""
 _BOUNDARY_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class OwnerReport:
-    """What an owner says of its pool.
-
-    Parameters
-    ----------
-    version : int
-        Of the extents; it grows with every change while this owner lives.
-    pages : mapping or None
-        Pages of every finished extent, the ledger's too. None: as they were in the version that the asker knows.
-    loaded_bytes, copied_bytes : int
-        Bytes read from the checkpoint, and bytes that came from peers, those of copies that failed half-way included.
-    """
-
-    version: int
-    pages: Mapping[str, tuple[int, ...]] | None
-    loaded_bytes: int
-    copied_bytes: int
 
 
 class OwnerService:

@@ -11,11 +11,10 @@ from concertina.errors import InternalError, OperatorError
 from concertina.orchestrator.hands import Existing, NodeInfo
 from concertina.workers.generation import Assignment, KVSource, kv_key
 from concertina.workers.loading import Piece
-from concertina.workers.owner import OwnerConfig
+from concertina.workers.owner import OwnerConfig, OwnerReport
 from concertina.workers.pages.table import ExtentRequest
 from concertina.workers.pages.transfer import CopyPlan, PageSource
 from concertina.workers.roles import WorkerConfig, WorkerReport
-from concertina.workers.services import OwnerReport
 
 
 @dataclass

@@ -8,9 +8,8 @@ from typing import Any, cast
 from concertina.orchestrator.cluster import Cluster
 from concertina.orchestrator.hands import NodeInfo
 from concertina.workers.engine.scheduler import SchedulerConfig
-from concertina.workers.owner import OwnerConfig
+from concertina.workers.owner import OwnerConfig, OwnerReport
 from concertina.workers.roles import WorkerConfig, WorkerReport
-from concertina.workers.services import OwnerReport
 
 from .fake_hands import FakeHands, FakeOwner, FakeWorker
 
