@@ -122,9 +122,12 @@ def little(fd: int, to_fd: int, nbytes: int, offset: int, to_offset: int) -> int
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_pages_are_copied_from_pool_to_pool(owner: MemoryOwner, data: st.DataObject) -> None:
     """However they lie on both sides, whatever the kernel can do, and nothing beside them is touched."""
-    there = data.draw(st.lists(st.integers(3, POOL - 1), max_size=40))
+    firsts = data.draw(st.lists(st.tuples(st.integers(3, POOL - 7), st.integers(1, 6)), max_size=10))
+    there = [first + n for first, count in firsts for n in range(count)]
     size = POOL + 7
-    to_pages = data.draw(st.permutations(range(size)))[: len(there)]
+    block = data.draw(st.integers(1, 9))  # pages that lie side by side where they go
+    blocks = data.draw(st.permutations(range(0, size, block)))
+    to_pages = [page for first in blocks for page in range(first, min(first + block, size))][: len(there)]
     kernel = data.draw(st.sampled_from([whole, refused, little]))
     arrived: list[int] = []
     with pytest.MonkeyPatch.context() as patch, closing(MemfdBackend().create(PoolGeometry("to", size, PAGE))) as to:

@@ -15,6 +15,7 @@ from concertina.planners.layer_search import case_times, layer_cost
 from concertina.planners.model import Loads
 from concertina.planners.placement import Replica
 from concertina.planners.problem import Objective, Options, Pair
+from concertina.planners.robust import RobustSearch
 from concertina.planners.sampled import PLANS, judging, sampled, solve_sampled
 from concertina.planners.scenarios import Sampling, with_samples
 from concertina.planners.solution import Infeasible, Solution, StoppingRule
@@ -130,6 +131,22 @@ def test_a_sample_that_no_pair_of_devices_holds_counts_less() -> None:
     need_N = np.maximum(total_N / 6, before[3:].max(axis=2).ravel() / 2)
     np.testing.assert_allclose(after[3:], before[3:] * (total_N / 6 / need_N)[:, None, None])
     assert (after[3:].sum(axis=2) < before[3:].sum(axis=2) * 0.99).any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_moves_over_all_cases_keep_the_best_layout_met(seed: int) -> None:
+    """Also where worse ones were accepted behind it."""
+    p = problem(domains(6, 1, 12, seed), [1.0, 0.5, 1.0, 0.7], 5, objective=Objective(split="per_batch"))
+    layer = layer_problems(p)[0]
+    start = solve(replace(p, loads=Loads(p.loads.tokens_SLE[:1])), "greedy")
+    assert isinstance(start, Solution)
+    layout = layout_of(p, layer, start.placement)
+    assert layout is not None
+    search = RobustSearch(layer, layout, p.objective, seed)
+    before_s = search.best_s
+    assert search.run(400) > 0
+    assert search.best_s < 0.97 * before_s
+    assert layer_cost(layer, search.layout(), p.objective) <= 1.01 * search.best_s
 
 
 @pytest.mark.parametrize("seed", range(4))
