@@ -118,6 +118,8 @@ class DeploymentConfig:
         A peer that does not answer for so long counts as hung.
     memory_mode : {"shared", "separate"}
         Whether the devices of a node share its memory, or have one of their own each.
+    reserve_memory : bool
+        Whether devices with memory of their own take all of it at the start and keep it.
     standbys : int
         Idle workers kept on every node that serves: one takes a dead worker's place, or a new device, at once.
     hang_timeout_s : float
@@ -140,6 +142,7 @@ class DeploymentConfig:
     loads_file: str | None = None
     exchange_timeout_s: float = 60.0
     memory_mode: MemoryMode = "shared"
+    reserve_memory: bool = False
     standbys: int = 1
     hang_timeout_s: float = 20.0
     engine: EngineOptions = EngineOptions()
@@ -166,6 +169,10 @@ class DeploymentConfig:
         self._check_fleet()
         if self.memory_mode not in get_args(MemoryMode):
             raise OperatorError(f"memory: {self.memory_mode!r}; expected one of {', '.join(get_args(MemoryMode))}")
+        if self.reserve_memory and self.memory_mode == "shared":
+            raise OperatorError(
+                "reserve-memory: devices that share their node's memory have none; use --memory separate"
+            )
         check_token(self.token)
 
     @property

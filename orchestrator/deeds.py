@@ -32,7 +32,7 @@ from .core.facts import (
     StopOwner,
     StopWorker,
 )
-from .core.layout import node_pool
+from .core.layout import is_node_pool, node_pool
 from .core.state import Record, State
 from .planning import MAILBOX_BYTES, max_model_len
 
@@ -106,6 +106,7 @@ class Deeds:
             self.config.token,
             host=self._node_host(effect.node),
             ledger_record_bytes=layout.ledger_record_bytes,
+            reserve=self.config.reserve_memory and not is_node_pool(effect.pool),
         )
         for lender in list(self.cluster.workers.values()):
             if lender.node == effect.node and await self._adopt(effect, config, lender):

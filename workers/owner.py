@@ -21,13 +21,14 @@ from .pages.memfd import MemfdBackend, MemfdPool
 from .pages.page_server import PageServer
 from .pages.ranges import MemfdRange
 from .pages.records import LedgerRecords, ledger_pages
+from .pages.reservation import Reservation
 from .pages.sharing import PoolServer, fetch_pool
 from .pages.store import TableStore, open_pool
 from .pages.table import Extent, ExtentRequest, PageTable, Purpose
 from .pages.transfer import PageSource
 
 # Written once in full when loaded, so taking whole huge pages at once costs nothing. KV is touched as it fills.
-_HUGE_PURPOSES = ("experts", "trunk")
+_WRITTEN_PURPOSES = ("experts", "trunk")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ class OwnerConfig:
         Of a page's record in the pool's ledger; 0: no ledger.
     host : str
         Address of this node, at which other nodes read pages.
+    reserve : bool
+        Take all of the pool's memory from the system, beside what else is done, and keep it until the owner ends.
     """
 
     name: str
@@ -60,6 +63,7 @@ class OwnerConfig:
     address: str | None = None
     ledger_record_bytes: int = 0
     host: str = "127.0.0.1"
+    reserve: bool = False
 
     @property
     def geometry(self) -> PoolGeometry:
@@ -125,6 +129,7 @@ class MemoryOwner:
             self._store.write(self._table)
         self._start(config, pool)
         self._find_ledger()
+        self._reserved = self._reserve()
 
     @classmethod
     def adopt(cls, config: OwnerConfig, source: str | int) -> MemoryOwner:
@@ -154,10 +159,12 @@ class MemoryOwner:
             owner._store = TableStore(pool)
             owner._table = owner._store.read()
             owner._find_ledger()
-            owner._empty_free_pages()
+            if not config.reserve:
+                owner._empty_free_pages()
         except Exception:
             owner.close()
             raise
+        owner._reserved = owner._reserve()
         return owner
 
     def _start(self, config: OwnerConfig, pool: MemfdPool) -> None:
@@ -165,6 +172,7 @@ class MemoryOwner:
         self.pool = pool
         self.address = config.address or f"@concertina/{config.name}"
         self.version = 0
+        self._reserved: Reservation | None = None
         self._lock = threading.Lock()  # one change at a time
         # First of all, because it is exclusive: two living owners of one pool would both give its pages away.
         self._server = PoolServer(pool, config.token, self.address)
@@ -176,6 +184,11 @@ class MemoryOwner:
         except BaseException:
             self._server.close()
             raise
+
+    def _reserve(self) -> Reservation | None:
+        if not self.config.reserve:
+            return None
+        return Reservation(self.pool, self._huge if self.config.huge_pages else None)
 
     def _find_ledger(self) -> None:
         ledger = self._table.extents.get(LEDGER_KEY)
@@ -192,13 +205,14 @@ class MemoryOwner:
         return PageSource(self.address, self._page_server.host, self._page_server.port, self.config.token)
 
     def allocate(self, key: str, purpose: Purpose, pages: int) -> Extent:
-        """One extent of zeroed pages; see `allocate_all`."""
+        """One extent; see `allocate_all`."""
         return self.allocate_all([ExtentRequest(key, purpose, pages)])[0]
 
     def allocate_all(self, requests: Sequence[ExtentRequest], small: Collection[str] = ()) -> list[Extent]:
-        """Allocate all of the extents or none; new pages read as zeros.
+        """Allocate all of the extents or none.
 
-        Those with a key in ``small`` get no huge pages: it takes long to find some, seconds for a gigabyte.
+        New pages read as zeros, but for KV and weights in a pool that keeps its memory: what was in them before is
+        there still. Those with a key in ``small`` get no huge pages: it takes long to find some, seconds for a gigabyte.
 
         Raises
         ------
@@ -223,10 +237,10 @@ class MemoryOwner:
         return extents
 
     def _may_be_huge(self, extent: Extent) -> bool:
-        return self.config.huge_pages and extent.purpose in _HUGE_PURPOSES
+        return self.config.huge_pages and extent.purpose in _WRITTEN_PURPOSES
 
     def extend(self, key: str, purpose: Purpose, pages: int) -> Extent:
-        """Append ``pages`` zeroed pages to an extent, or to a new one; see `PageTable.extend`."""
+        """Append ``pages`` pages to an extent, or to a new one; see `PageTable.extend` and `allocate_all`."""
         with self._lock:
             table = self._table.copy()
             extent = table.extend(key, purpose, pages)
@@ -235,7 +249,7 @@ class MemoryOwner:
         return extent
 
     def free(self, *keys: str) -> None:
-        """Free all of the extents or none, and give their memory back.
+        """Free all of the extents or none, and give their memory back unless the pool keeps it.
 
         Raises
         ------
@@ -249,7 +263,7 @@ class MemoryOwner:
             self._release(table, {key: table.free(key).pages for key in keys})
 
     def trim(self, key: str, pages: Sequence[int]) -> Extent:
-        """Free some pages of an extent, and give their memory back; returns what is left.
+        """Free some pages of an extent, and give their memory back unless the pool keeps it; returns what is left.
 
         Raises
         ------
@@ -271,14 +285,21 @@ class MemoryOwner:
             if held:
                 raise PagesHeld(self.pool.geometry.name, tuple(held))
             self._commit(table)
+            if self.config.reserve:
+                return
             for pages in gone.values():
                 self.pool.punch(pages)
                 self._huge.forget(runs(pages))
 
     def _enter(self, purpose: Purpose, pages: Sequence[int]) -> None:
-        """Before pages become KV their records are emptied, or a reader would take them for some earlier KV."""
+        """Before pages become KV their records are emptied, or a reader would take them for some earlier KV.
+
+        Weights are written in full, and nobody reads KV that has not been written; other pages begin as zeros.
+        """
         if purpose == "kv":
             self._records.clear(pages)
+        elif self.config.reserve and purpose not in _WRITTEN_PURPOSES:
+            self._window.clear(pages)
 
     def held(self, *keys: str) -> list[str]:
         """Those of the extents that some process maps now."""
@@ -380,6 +401,8 @@ class MemoryOwner:
 
     def close(self) -> None:
         """Stop serving and let go of the pool, which lives on while a worker holds it; no other call may follow."""
+        if self._reserved:
+            self._reserved.close()
         self._server.close()
         self._page_server.close()
         self.pool.close()

@@ -85,6 +85,12 @@ _deployment_options = _Group(
             help="Whether the devices of a node share its memory, or have one of their own each.",
         ),
         click.option(
+            "--reserve-memory/--no-reserve-memory",
+            default=False,
+            show_default=True,
+            help="Take each device's whole memory at the start and keep it, with --memory separate.",
+        ),
+        click.option(
             "--exchange",
             type=click.Choice(["auto", "shared", "gloo"]),
             default="auto",
@@ -189,6 +195,7 @@ def _config(checkpoint: str, o: dict[str, Any]) -> DeploymentConfig:
         exchange_timeout_s=o["exchange_timeout"],
         engine=engine,
         memory_mode=o["memory"],
+        reserve_memory=o["reserve_memory"],
         standbys=o["standbys"],
         hang_timeout_s=o["hang_timeout"],
         endpoint=endpoint,

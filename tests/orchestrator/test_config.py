@@ -56,6 +56,7 @@ def test_whole_numbers_are_bytes(n: int) -> None:
         ({"standbys": -1}, "standbys: -1"),
         ({"rebalance_s": float("nan")}, "rebalance-interval: nan"),
         ({"memory_mode": "both"}, "memory: 'both'; expected one of shared, separate"),
+        ({"reserve_memory": True}, "reserve-memory: devices that share their node's memory have none"),
         ({"token": "short"}, "token: expected at least 16"),
         ({"spare_slots": -1}, "spare-slots: -1"),
         ({"rebalance_s": -0.5}, "rebalance-interval: -0.5"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -303,6 +306,76 @@ def test_collapsing_goes_on_after_refusals_and_spares_regions_with_free_pages(ow
     huge.forget([(0, 1)])
     assert huge.regions == 2
     big.close()
+
+
+@pytest.mark.parametrize("huge_pages", [False, True])
+def test_a_pool_that_reserves_its_memory_keeps_it(huge_pages: bool) -> None:
+    size = 64 << 10
+    pages = 4 * HUGE_BYTES // size + 3  # the last region is not whole
+    config = OwnerConfig(f"{CONFIG.name}-kept-{huge_pages}", pages, size, "secret", huge_pages, reserve=True)
+    owner = MemoryOwner(config)
+    extents = owner.allocate_all([ExtentRequest("trunk", "trunk", 7), ExtentRequest("exchange/1", "exchange", 40)])
+    mapped = [map_pages(owner.pool, extent.pages) for extent in extents]
+    for memory in mapped:
+        memory.memory()[:] = b"x" * memory.nbytes
+    assert owner._reserved
+    owner._reserved.wait()
+    assert owner.stats().resident_bytes == pages * size
+    assert all(bytes(memory.memory()) == b"x" * memory.nbytes for memory in mapped)
+    del mapped, memory
+    regions = owner.stats().huge_regions
+    owner.free("trunk")
+    owner.trim("exchange/1", extents[1].pages[::2])
+    assert (owner.stats().resident_bytes, owner.stats().huge_regions) == (pages * size, regions)
+
+    fd = os.dup(owner.pool.fd)
+    owner.close()
+    adopted = MemoryOwner.adopt(config, fd)
+    os.close(fd)
+    assert adopted.stats().resident_bytes == pages * size
+    free = adopted.usage()["free"]
+    assert adopted.allocate("exchange/2", "exchange", free).pages
+    whole = as_tensor(adopted, "exchange/2", torch.uint8, (free * size,))
+    assert not whole.any(), "only weights and KV may begin with what was there"
+    assert as_tensor(adopted, "exchange/1", torch.uint8, (20 * size,)).eq(ord("x")).all()
+    adopted.close()
+
+
+def test_a_pool_serves_on_where_not_all_of_its_memory_can_be_reserved(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(_fd: int, _offset: int, _nbytes: int) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "posix_fallocate", refused)
+    owner = MemoryOwner(replace(CONFIG, name=CONFIG.name + "-poor", reserve=True))
+    assert owner._reserved
+    owner._reserved.wait()
+    assert f"-poor': only 0 of {128 * PAGE} bytes reserved: [Errno 28] no space" in caplog.text
+    map_pages(owner.pool, owner.allocate("kv/w0", "kv", 3).pages).memory()[:] = b"x" * (3 * PAGE)
+    assert as_tensor(owner, "kv/w0", torch.uint8, (3 * PAGE,)).eq(ord("x")).all()
+    owner.close()
+
+
+def test_an_owner_that_ends_does_not_wait_until_all_is_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on, asked = threading.Event(), threading.Event(), []
+
+    def slow(_fd: int, offset: int, _nbytes: int) -> None:
+        asked.append(offset)
+        begun.set()
+        go_on.wait()
+
+    monkeypatch.setattr(os, "posix_fallocate", slow)
+    owner = MemoryOwner(OwnerConfig(CONFIG.name + "-brief", 4096, 2 << 20, "secret", huge_pages=False, reserve=True))
+    begun.wait()
+    with ThreadPoolExecutor(1) as threads:
+        closing = threads.submit(owner.close)
+        assert owner._reserved
+        while not owner._reserved._stopped.is_set():
+            pass
+        go_on.set()
+        closing.result()
+    assert asked == [0]
 
 
 def test_many_threads_leave_the_accounting_right(owner: MemoryOwner) -> None:

@@ -162,7 +162,7 @@ MODES = [
     {"spare_slots": 2},
     {"exchange": "gloo"},
     {"memory_mode": "separate"},
-    {"memory_mode": "separate", "fleet": MIXED},
+    {"memory_mode": "separate", "fleet": MIXED, "reserve_memory": True},
 ]
 NAMES = ["replicas", "gloo", "separate", "mixed"]  # memory and exchange are shared unless it says otherwise
 TRANSITIONS = 8  # of each mode, and as many kills: more than 30 of both in all

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from .backend import runs
 from .ranges import HUGE_BYTES, MemfdRange
@@ -47,6 +47,12 @@ class HugePages:
         won = {region for first, count in asked for part in _parts(first, count) for region in self._won(part)}
         self._huge |= won
         return len(won)
+
+    def reserve(self) -> Iterator[range]:
+        """Collapse every region, free ones too; yields a few at a time when they have been tried."""
+        for part in _parts(0, self._window.nbytes // HUGE_BYTES):
+            self._huge |= set(self._won(part))
+            yield part
 
     def forget(self, freed: Iterable[Run]) -> None:
         """Pages were given back; the kernel has split their huge pages."""

@@ -151,6 +151,12 @@ class MemfdRange:
             self.unmap(position, len(pages))
             raise
 
+    def clear(self, positions: Sequence[int]) -> None:
+        """Write zeros; every position must be mapped."""
+        for first, count in runs(positions):
+            self.check_mapped(first * self.page_bytes, count * self.page_bytes)
+            ctypes.memset(self._base + first * self.page_bytes, 0, count * self.page_bytes)
+
     def populate(self) -> bool:
         """Spare the first touch of every mapped page its fault; all positions must be mapped. False if refused.
 
