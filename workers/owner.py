@@ -129,7 +129,7 @@ class MemoryOwner:
             self._store.write(self._table)
         self._start(config, pool)
         self._find_ledger()
-        self._reserved = self._reserve()
+        self._reserve()
 
     @classmethod
     def adopt(cls, config: OwnerConfig, source: str | int) -> MemoryOwner:
@@ -164,7 +164,7 @@ class MemoryOwner:
         except Exception:
             owner.close()
             raise
-        owner._reserved = owner._reserve()
+        owner._reserve()
         return owner
 
     def _start(self, config: OwnerConfig, pool: MemfdPool) -> None:
@@ -185,10 +185,9 @@ class MemoryOwner:
             self._server.close()
             raise
 
-    def _reserve(self) -> Reservation | None:
-        if not self.config.reserve:
-            return None
-        return Reservation(self.pool, self._huge if self.config.huge_pages else None)
+    def _reserve(self) -> None:
+        if self.config.reserve:
+            self._reserved = Reservation(self.pool, self._huge if self.config.huge_pages else None)
 
     def _find_ledger(self) -> None:
         ledger = self._table.extents.get(LEDGER_KEY)
@@ -211,8 +210,8 @@ class MemoryOwner:
     def allocate_all(self, requests: Sequence[ExtentRequest], small: Collection[str] = ()) -> list[Extent]:
         """Allocate all of the extents or none.
 
-        New pages read as zeros, but for KV and weights in a pool that keeps its memory: what was in them before is
-        there still. Those with a key in ``small`` get no huge pages: it takes long to find some, seconds for a gigabyte.
+        New pages read as zeros, but for KV and weights in a pool that keeps its memory: those have what was there
+        before. Extents with a key in ``small`` get no huge pages: it takes seconds to find some for a gigabyte.
 
         Raises
         ------
