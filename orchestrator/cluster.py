@@ -6,17 +6,19 @@ import asyncio
 import logging
 from collections.abc import Callable, Container, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
+from math import inf
 
 from ..errors import InternalError
 from ..workers.owner import OwnerConfig
 from ..workers.pages.transfer import PageSource
 from ..workers.roles import WorkerReport
-from .core.facts import Effect, Fault, PoolFact, Snapshot, WorkerFact
+from .core.facts import Abandon, Commit, Effect, Fault, Fill, Free, PoolFact, Prepare, Snapshot, WorkerFact
 from .hands import Hands, NodeInfo, OwnerHandle, WorkerHandle
 
 _log = logging.getLogger(__name__)
 _WATCH_S = 10.0
 _PATIENCE_S = 0.25  # for the answer of a worker, before a decision is made without it
+_RECENT_S = 0.1  # for which a process's word stands, unless something was done to it
 
 
 @dataclass(slots=True)
@@ -32,6 +34,8 @@ class Pool:
     moved_bytes: int = 0
     asked: asyncio.Task[None] | None = None
     asked_s: float = 0.0
+    known_s: float = -inf  # when it was asked for what is known of it
+    touched_s: float = -inf  # when something was last done to it
 
     async def refresh(self) -> None:
         """Ask for its extents, if they have changed, and what came into them."""
@@ -59,6 +63,8 @@ class Member:
     address: tuple[str, int] | None = None
     asked: asyncio.Task[None] | None = None
     asked_s: float = 0.0
+    known_s: float = -inf  # as a pool's
+    touched_s: float = -inf
 
     def fact(self, now_s: float, hang_s: float, nodes: Container[str] | None = None) -> WorkerFact:
         """What it last said, unless it hangs, or its node is not one of ``nodes`` (None: any)."""
@@ -116,14 +122,10 @@ class Cluster:
         self._watch(self._watch_worker(member))
         return member
 
-    async def refresh(self, pool: str) -> None:
-        """Ask an owner for its extents."""
-        await self.pools[pool].refresh()
-
     async def look(self, busy: frozenset[Effect], errors: Mapping[Effect, Fault]) -> Snapshot:
-        """Ask every worker and owner; one that does not answer at once is taken at its last word."""
+        """Ask whoever may have something new to say; one that does not answer at once is taken at its last word."""
         since_s = self.hands.now_s()
-        await self.ask()
+        await self.ask(_RECENT_S)
         now_s = self.hands.now_s()
         for member in self.workers.values():
             member.decided = member.report
@@ -137,15 +139,29 @@ class Cluster:
             now_s=now_s,
         )
 
-    async def ask(self) -> None:
-        """Have every report and every pool's extents anew, as far as they come at once."""
-        for member in self.workers.values():
-            if member.asked is None:
-                member.asked_s = self.hands.now_s()
-                member.asked = asyncio.create_task(self._ask(member))
+    def touch(self, effect: Effect) -> None:
+        """An effect has ended: whoever it may have changed has something new to say."""
+        now_s = self.hands.now_s()
+        for process in _touched(effect, self.workers, self.pools):
+            process.touched_s = now_s
+
+    async def ask(self, recent_s: float = 0.0) -> None:
+        """Have every report and every pool's extents anew, as far as they come at once.
+
+        A word of the last ``recent_s`` seconds stands, unless something was done to who gave it.
+        """
+        now_s = self.hands.now_s()
+
+        def silent(process: Member | Pool) -> bool:
+            known = process.known_s > process.touched_s and now_s - process.known_s < recent_s
+            return process.asked is None and not known
+
+        for member in filter(silent, self.workers.values()):
+            member.asked_s = now_s
+            member.asked = asyncio.create_task(self._ask(member))
         for name, pool in self.pools.items():
-            if pool.asked is None:
-                pool.asked_s = self.hands.now_s()
+            if silent(pool):
+                pool.asked_s = now_s
                 pool.asked = asyncio.create_task(self._ask_owner(name, pool))
         processes: list[Member | Pool] = [*self.workers.values(), *self.pools.values()]
         asked = [each.asked for each in processes if each.asked is not None and each.node in self.nodes]
@@ -155,6 +171,7 @@ class Cluster:
     async def _ask_owner(self, name: str, pool: Pool) -> None:
         try:
             await pool.refresh()
+            pool.known_s = pool.asked_s
         except InternalError:
             return  # it has died: its watch tells
         finally:
@@ -189,6 +206,7 @@ class Cluster:
     async def _ask(self, member: Member) -> None:
         try:
             member.report = await member.handle.report()
+            member.known_s = member.asked_s
             if member.report.serving and member.address is None:
                 member.address = await member.handle.address()
             if not member.report.serving and not member.report.retired:
@@ -210,7 +228,8 @@ class Cluster:
                 self._lost(member, e)
                 return
             if told.situation != seen.situation:
-                seen = told  # the report itself is asked for anew: this one may have been overtaken
+                seen = told
+                member.touched_s = self.hands.now_s()  # it is asked anew: this report may have been overtaken
                 if member.decided is None or member.decided.situation != told.situation:
                     self.changed()
 
@@ -235,6 +254,16 @@ class Cluster:
         task = asyncio.create_task(work)
         self._watches.add(task)
         task.add_done_callback(self._watches.discard)
+
+
+def _touched(effect: Effect, workers: Mapping[str, Member], pools: Mapping[str, Pool]) -> list[Member | Pool]:
+    match effect:
+        case Prepare() | Commit() | Abandon():
+            return [workers[effect.worker]] if effect.worker in workers else []
+        case Fill() | Free():
+            return [pools[effect.pool]] if effect.pool in pools else []
+        case _:  # a few of both
+            return [*workers.values(), *pools.values()]
 
 
 def _hang(asked: asyncio.Task[None] | None, late_s: float, hang_s: float) -> str:

@@ -406,10 +406,12 @@ class Controller:
         except Exception as e:  # noqa: BLE001 - one that is not noted would be asked for again, for ever
             _log.error("%s: %s", effect, e, exc_info=not isinstance(e, ConcertinaError))
             self._errors[effect] = Fault(_text(e), fault_is_lasting(e))
+            self._cluster.touch(effect)
             self._woken()
             await asyncio.sleep(_BACK_OFF_S)
         finally:
             del self._busy[effect]
+            self._cluster.touch(effect)
             self._woken()
 
 

@@ -159,7 +159,6 @@ class Deeds:
         pieces = list(self.model.pieces(keys))
         self.wanted_bytes += sum(p.dest_bytes for p in pieces)
         await pool.handle.fill(effect.requests, pieces, self._copies(effect.pool, keys))
-        await self.cluster.refresh(effect.pool)
 
     def _copies(self, pool: str, keys: Sequence[str]) -> list[CopyPlan]:
         """Each extent from the peer that has it and has least to give so far."""
@@ -215,10 +214,8 @@ class Deeds:
             moved_to = await self._inherit(effect, heir, pages)
         if leaver is not None:
             await leaver.handle.release(moved_to)
-            leaver.report = await leaver.handle.report()
         if effect.pool in self.cluster.pools:
             await self._unheld(self._pool(effect.pool).handle.free([kv_key(effect.device)]))
-            await self.cluster.refresh(effect.pool)
 
     async def _inherit(self, effect: HandOver, heir: Member, pages: tuple[int, ...]) -> str:
         """The device that has the KV now; empty if it could not be had in time, then it is computed again.
@@ -238,7 +235,6 @@ class Deeds:
         except (ConcertinaError, TimeoutError) as e:
             _log.warning("KV of %s is not handed over to %s: %s", effect.device, device, e or "too late")
             return ""
-        heir.report = await heir.handle.report()
         self.heirs[effect.device] = device
         return device
 
@@ -248,7 +244,6 @@ class Deeds:
 
     async def _free(self, effect: Free) -> None:
         await self._unheld(self._pool(effect.pool).handle.free(effect.keys))
-        await self.cluster.refresh(effect.pool)
 
     async def _unheld(self, freeing: Awaitable[object]) -> None:
         """Pages that somebody still maps stay for now: the core asks again."""

@@ -59,7 +59,9 @@ class Part:
 KVOf = Callable[[Assignment, MemfdPool], DeviceKV]
 
 
-def join(assignment: Assignment, kv_of: KVOf, abandoned: Callable[[], bool] = lambda: False) -> Part:
+def join(
+    assignment: Assignment, kv_of: KVOf, abandoned: Callable[[], bool] = lambda: False, *, cold: bool = True
+) -> Part:
     """Map pages and join the exchange, while another generation may be running in this process.
 
     Parameters
@@ -69,6 +71,8 @@ def join(assignment: Assignment, kv_of: KVOf, abandoned: Callable[[], bool] = la
         The worker's KV of the assignment's device, given the device's pool.
     abandoned : callable
         Whether the generation will not come; ends the wait for its other members.
+    cold : bool
+        Whether no model has run in this process: then a token goes through it, beside whoever else has joined.
 
     Raises
     ------
@@ -82,7 +86,8 @@ def join(assignment: Assignment, kv_of: KVOf, abandoned: Callable[[], bool] = la
     trunk_u8 = _bytes(node, assignment.node.pages[TRUNK_KEY], writable=False)
     trunk = trunk_views(trunk_u8, generation.model, generation.dtype)
     kv = kv_of(assignment, device)
-    _warm_up(assignment, trunk, kernel)
+    if cold:
+        _warm_up(assignment, trunk, kernel)
     exchange = _exchange(assignment, node, abandoned)  # last, because others wait for whoever has joined
     experts = ParallelExperts(exchange, generation.placement, kernel, BatchSplit(generation.placement))
     decoder = Decoder(generation.model, trunk, experts)

@@ -290,10 +290,12 @@ class Worker:
         """In the background if nothing runs here, so that those who serve on the same cores do not feel it."""
         generation = assignment.generation.id
 
-        def joining() -> Part:
-            return join(assignment, self._kv_for, lambda: generation in self._abandoned)
+        serves = self._service is not None
 
-        return joining() if self._service is not None else in_background(joining)
+        def joining() -> Part:
+            return join(assignment, self._kv_for, lambda: generation in self._abandoned, cold=not serves)
+
+        return joining() if serves else in_background(joining)
 
     def _passed(self, generation: int) -> bool:
         """Whether this worker has come to that generation, or beyond."""

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any, cast
 
 from concertina.orchestrator.cluster import Cluster
+from concertina.orchestrator.core.facts import (
+    Abandon,
+    Commit,
+    Effect,
+    Fill,
+    Free,
+    HandOver,
+    Prepare,
+    ResizeKV,
+    StopWorker,
+)
 from concertina.orchestrator.hands import NodeInfo
 from concertina.workers.engine.scheduler import SchedulerConfig
 from concertina.workers.owner import OwnerConfig, OwnerReport
@@ -60,6 +72,117 @@ def test_news_wakes_unless_it_was_decided_on_already() -> None:
     asyncio.run(go())
 
 
+class Asked(FakeHands):
+    """Knows who was asked, and keeps its own time."""
+
+    def __init__(self, *nodes: NodeInfo) -> None:
+        super().__init__(*nodes)
+        self.time_s = 100.0
+        self.asked: list[str] = []
+
+    def now_s(self) -> float:
+        return self.time_s
+
+    def noting(self, name: str, process: Any) -> Any:
+        """``process``, with its name noted each time that it reports."""
+        report = process.report
+
+        async def noted(*seen: int) -> object:
+            self.asked.append(name)
+            return await report(*seen)
+
+        process.report = noted
+        return process
+
+
+WORKER_CONFIG = WorkerConfig("worker-0", "127.0.0.1", "t" * 16, 1, cast(SchedulerConfig, None))
+EVERYBODY = ["pool-0", "pool-1", "worker-0", "worker-1"]
+
+
+def test_only_those_are_asked_who_may_have_something_new_to_say() -> None:
+    """A word stands for a moment, unless something was done to who gave it, or it has news."""
+    done: list[tuple[Effect, list[str]]] = [
+        (Prepare("worker-1", 2), ["worker-1"]),
+        (Commit("worker-0", 2), ["worker-0"]),
+        (Abandon("worker-1", 2), ["worker-1"]),
+        (Fill("pool-0", ()), ["pool-0"]),
+        (Free("pool-1", ("expert/0/0",)), ["pool-1"]),
+        (ResizeKV("worker-0", 4), EVERYBODY),  # its pool too
+        (HandOver("cpu-1", "pool-0", "worker-0"), EVERYBODY),
+        (StopWorker("worker-9"), EVERYBODY),
+        (Prepare("worker-9", 2), []),  # it has ended meanwhile
+        (Fill("pool-9", ()), []),
+    ]
+
+    async def go() -> None:
+        hands = Asked(HERE)
+        cluster = Cluster(cast(Any, hands), 20.0, lambda: None)
+        workers = [Teller(replace(WORKER_CONFIG, name=f"worker-{n}"), hands.faults, n) for n in range(2)]
+
+        async def asked() -> list[str]:
+            hands.asked.clear()
+            await cluster.look(frozenset(), {})
+            return sorted(hands.asked)
+
+        await cluster.look_at_nodes()
+        for n, worker in enumerate(workers):
+            worker.telling = asyncio.Event()
+            owner = FakeOwner(OwnerConfig(f"pool-{n}", 16, 65536, "t" * 16), hands.faults)
+            await cluster.add_worker(f"worker-{n}", "here", hands.noting(f"worker-{n}", worker))
+            await cluster.add_pool(f"pool-{n}", "here", hands.noting(f"pool-{n}", owner))
+        try:
+            await asyncio.sleep(0)
+            assert await asked() == EVERYBODY
+            hands.time_s += 0.05
+            assert await asked() == []
+            for effect, told in done:
+                hands.time_s += 0.001
+                cluster.touch(effect)
+                hands.time_s += 0.001
+                assert await asked() == told, effect
+                assert await asked() == [], effect
+            workers[1].ready.add(1)
+            workers[1].telling.set()
+            await asyncio.sleep(0.05)
+            hands.time_s += 0.001
+            assert await asked() == ["worker-1"]
+            hands.asked.clear()
+            await cluster.ask()  # whoever wants to know exactly
+            assert sorted(hands.asked) == EVERYBODY
+            hands.time_s += 0.2
+            assert await asked() == EVERYBODY
+        finally:
+            cluster.close()
+
+    asyncio.run(go())
+
+
+def test_what_was_done_after_the_question_makes_its_answer_old() -> None:
+    async def go() -> None:
+        hands = Asked(HERE)
+        cluster = Cluster(cast(Any, hands), 20.0, lambda: None)
+        worker = Teller(WORKER_CONFIG, hands.faults, 0)
+        worker.telling = asyncio.Event()
+        await cluster.look_at_nodes()
+        await cluster.add_worker("worker-0", "here", cast(Any, worker))
+        try:
+            worker.hangs = True  # for as long as the question is under way
+            looking = asyncio.create_task(cluster.look(frozenset(), {}))
+            await asyncio.sleep(0.02)
+            hands.time_s += 0.001
+            worker.ready.add(7)
+            cluster.touch(Prepare("worker-0", 7))
+            worker.hangs = False
+            await looking
+            worker.ready.add(8)
+            hands.time_s += 0.001
+            assert (await cluster.look(frozenset(), {})).workers["worker-0"].prepared == {7, 8}
+        finally:
+            cluster.close()
+
+    asyncio.run(go())
+
+
 class Overtaken(FakeOwner):
     """Its answers come in another order than they were asked for."""
 
@@ -86,7 +209,7 @@ def test_an_answer_that_was_overtaken_does_not_undo_the_later_one() -> None:
             pool = await cluster.add_pool("pool", "here", cast(Any, owner))
             seen = [(pool.pages, cluster.moved_bytes)]
             for _ in range(3):
-                await cluster.refresh("pool")
+                await pool.refresh()
                 seen.append((pool.pages, cluster.moved_bytes))
             assert seen == [(old, 10), (new, 21), (new, 21), (new, 22)]
         finally:

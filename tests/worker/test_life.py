@@ -6,11 +6,13 @@ import gc
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from concertina.errors import InternalError, PeerLost
-from concertina.workers.generation import TRUNK_KEY, expert_key, kv_key
+from concertina.workers import mapping
+from concertina.workers.generation import TRUNK_KEY, Assignment, expert_key, kv_key
 from concertina.workers.owner import MemoryOwner
 from concertina.workers.worker import Worker
 
@@ -96,6 +98,27 @@ def test_streams_run_through_swaps_and_what_was_left_is_let_go(make_site: MakeSi
         assert all(w.worker.report().last_step_s > 0 for w in workers)
     finally:
         gc.enable()
+
+
+def test_only_who_comes_anew_is_warmed_up(
+    make_site: MakeSite, hire: Hire, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that serves has run the model; a token more would take its core from the streams."""
+    warmed: list[str] = []
+    warm_up = mapping._warm_up
+
+    def noted(assignment: Assignment, *parts: Any) -> None:
+        warmed.append(f"{assignment.generation.id}:{assignment.rank}")
+        warm_up(assignment, *parts)
+
+    monkeypatch.setattr(mapping, "_warm_up", noted)
+    site, workers = make_site("a", "b"), [hire(), hire()]
+    first = bring(workers[:1], site.generation(["a"], "solo"))
+    with clients() as client:
+        streams = start_all(client, workers[:1], 60)
+        second = bring(workers, site.generation(["a", "b"]))
+        assert warmed == [f"{first}:0", f"{second}:1"]
+        assert all(right(stream, loaded) for stream in streams)
 
 
 def test_compute_threads_change_at_the_swap_in_the_engines_thread(make_site: MakeSite, hire: Hire) -> None:
