@@ -56,6 +56,8 @@ def _command(config: DeploymentConfig, endpoint: Endpoint, workers: int) -> list
         "threads": config.engine.threads,
     }
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    if config.reserve_memory:
+        given.append("--reserve-memory")
     return [sys.executable, "-m", "concertina", "serve", config.checkpoint, *given]
 
 

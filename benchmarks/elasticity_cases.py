@@ -28,6 +28,8 @@ from .elasticity_measures import (
 from .elasticity_memory import Sampler, actors
 
 Row = dict[str, Any]
+_LOOK_S = 0.2
+_LATELY_S = 1.5
 _AFTER_S = 0.5  # behind an operation's end, the next standby starts
 
 
@@ -72,9 +74,17 @@ class Session:
     async def steady(self, workers: int) -> Window:
         """Wait until nothing is under way, and watch for a while."""
         await self.running.settled(workers)
+        while self.running.config.reserve_memory and self._reserving():
+            await asyncio.sleep(_LOOK_S)
         begin_s = time.monotonic()
         await asyncio.sleep(self.watch_s)
         return Window(begin_s, time.monotonic())
+
+    def _reserving(self) -> bool:
+        """Whether pools have grown lately; where they keep their memory they stop when they have all."""
+        now_s = time.monotonic()
+        lately = {sample.pool_bytes for sample in self.sampler.between(now_s - _LATELY_S, now_s)}
+        return len(lately) != 1
 
 
 async def change(session: Session, workers: int) -> Row:
@@ -152,7 +162,10 @@ def _windows(answer: Answer, before: Window) -> tuple[Window, Window]:
 
 
 def _throughput(load: Load, answer: Answer, before: Window, after: Window, refilled_s: float) -> Row:
-    """During is from request to end. Expected is the steady rate before until the commit, the one after from then."""
+    """During is from request to end. Expected is the steady rate before until the commit, the one after from then.
+
+    Lost is the time that serving stood still, as it were: the tokens that are missing, by the expected rate.
+    """
     during = Window(answer.asked_s, answer.ended_s)
     refill = Window(answer.ended_s, refilled_s)
     old, new, now = (tokens_per_s(load.arrivals, window) for window in (before, after, during))
@@ -165,6 +178,7 @@ def _throughput(load: Load, answer: Answer, before: Window, after: Window, refil
         "tokens_per_s_standby_starting": tokens_per_s(load.arrivals, refill),
         "throughput_during_over_before": now / old,
         "throughput_during_over_expected": now / expected,
+        "lost_ms": during.seconds * (1 - now / expected) * 1e3,
     }
 
 

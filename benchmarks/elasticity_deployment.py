@@ -10,15 +10,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Any
+from typing import Any, Literal
 
 import ray
-from concertina.orchestrator.config import NAMESPACE, DeploymentConfig, EngineOptions, MemoryMode
+from concertina.orchestrator.config import NAMESPACE, DeploymentConfig, EngineOptions
 from concertina.orchestrator.controller_actor import launch
 from concertina.orchestrator.preview import Preview
 from concertina.orchestrator.ray_hands import end_all
 from concertina.orchestrator.status import DeploymentStatus, OperationStatus
 from concertina.workers.model_files import ModelFiles
+
+Mode = Literal["shared", "separate", "reserved"]
+"""How devices hold memory: that of their node; each its own; each its own, all of it from the start."""
 
 LIMIT_S = 300.0
 _POLL_S = 0.2
@@ -42,7 +45,7 @@ class Answer:
     wanted_bytes: int
 
 
-def configured(checkpoint: str, mode: MemoryMode, workers: int, threads: int) -> DeploymentConfig:
+def configured(checkpoint: str, mode: Mode, workers: int, threads: int) -> DeploymentConfig:
     """A deployment whose devices hold all experts and a KV cache that clients fill within seconds."""
     model = ModelFiles.open(checkpoint)
     experts = len(model.config.moe_layers) * model.config.experts
@@ -53,7 +56,8 @@ def configured(checkpoint: str, mode: MemoryMode, workers: int, threads: int) ->
         workers=workers,
         name=f"elasticity-{os.getpid()}-{next(_numbers)}",
         device_memory_bytes=int(device_bytes),
-        memory_mode=mode,
+        memory_mode="shared" if mode == "shared" else "separate",
+        reserve_memory=mode == "reserved",
         rebalance_s=0,
         engine=engine,
     )

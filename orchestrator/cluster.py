@@ -139,10 +139,11 @@ class Cluster:
             now_s=now_s,
         )
 
-    def touch(self, effect: Effect) -> None:
-        """An effect has ended: whoever it may have changed has something new to say."""
+    def touch(self, effect: Effect, *, failed: bool = False) -> None:
+        """An effect has ended: whoever it may have changed has something new to say; if it failed, everybody."""
         now_s = self.hands.now_s()
-        for process in _touched(effect, self.workers, self.pools):
+        everybody: list[Member | Pool] = [*self.workers.values(), *self.pools.values()]
+        for process in everybody if failed else _touched(effect, self.workers, self.pools):
             process.touched_s = now_s
 
     async def ask(self, recent_s: float = 0.0) -> None:
@@ -172,8 +173,9 @@ class Cluster:
         try:
             await pool.refresh()
             pool.known_s = pool.asked_s
-        except InternalError:
-            return  # it has died: its watch tells
+        except InternalError as e:
+            self._lost_owner(name, pool, e)
+            return
         finally:
             pool.asked = None
         if self.hands.now_s() - pool.asked_s > _PATIENCE_S:
@@ -244,11 +246,14 @@ class Cluster:
             try:
                 await pool.handle.wait(_WATCH_S)
             except InternalError as e:
-                if self.pools.get(name) is pool:
-                    _log.warning("memory owner %s is lost: %s", name, e)
-                    self.forget_pool(name, pool)
-                    self.changed()
+                self._lost_owner(name, pool, e)
                 return
+
+    def _lost_owner(self, name: str, pool: Pool, error: InternalError) -> None:
+        if self.pools.get(name) is pool:
+            _log.warning("memory owner %s is lost: %s", name, error)
+            self.forget_pool(name, pool)
+            self.changed()
 
     def _watch(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

@@ -406,7 +406,7 @@ class Controller:
         except Exception as e:  # noqa: BLE001 - one that is not noted would be asked for again, for ever
             _log.error("%s: %s", effect, e, exc_info=not isinstance(e, ConcertinaError))
             self._errors[effect] = Fault(_text(e), fault_is_lasting(e))
-            self._cluster.touch(effect)
+            self._cluster.touch(effect, failed=True)  # perhaps by somebody's death
             self._woken()
             await asyncio.sleep(_BACK_OFF_S)
         finally:

@@ -141,6 +141,10 @@ def test_only_those_are_asked_who_may_have_something_new_to_say() -> None:
                 hands.time_s += 0.001
                 assert await asked() == told, effect
                 assert await asked() == [], effect
+            hands.time_s += 0.001
+            cluster.touch(Fill("pool-0", ()), failed=True)  # by whoever's fault
+            hands.time_s += 0.001
+            assert await asked() == EVERYBODY
             workers[1].ready.add(1)
             workers[1].telling.set()
             await asyncio.sleep(0.05)
@@ -177,6 +181,34 @@ def test_what_was_done_after_the_question_makes_its_answer_old() -> None:
             worker.ready.add(8)
             hands.time_s += 0.001
             assert (await cluster.look(frozenset(), {})).workers["worker-0"].prepared == {7, 8}
+        finally:
+            cluster.close()
+
+    asyncio.run(go())
+
+
+class Silent(FakeOwner):
+    """Whoever waits for its end learns of it late."""
+
+    async def wait(self, timeout_s: float) -> None:
+        await asyncio.sleep(timeout_s)
+
+
+def test_an_owner_that_is_asked_and_has_died_is_known_to_be_lost_at_once() -> None:
+    """What was tried on it would fail again and again, in less time than its watch takes."""
+
+    async def go() -> None:
+        hands, woken = FakeHands(HERE), list[None]()
+        cluster = Cluster(cast(Any, hands), 20.0, lambda: woken.append(None))
+        owner = Silent(OwnerConfig("pool", 16, 65536, "t" * 16), hands.faults)
+        await cluster.look_at_nodes()
+        await cluster.add_pool("pool", "here", cast(Any, owner))
+        try:
+            assert set((await cluster.look(frozenset(), {})).pools) == {"pool"}
+            owner.dead = True
+            cluster.touch(Fill("pool", ()), failed=True)
+            assert not (await cluster.look(frozenset(), {})).pools
+            assert woken
         finally:
             cluster.close()
 
