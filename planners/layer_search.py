@@ -20,6 +20,7 @@ from .fill import Target, cut_for, filled
 from .improve import Search
 from .kick import kicked
 from .layout import Layout
+from .pairing import Pairing, alike, pairable
 from .params import Params
 from .price_bound import Pricing
 from .problem import Objective
@@ -50,8 +51,10 @@ MOVES = 50
 """Moves over all cases in one piece of work."""
 ROBUST_PATIENCE = 40
 """Such pieces of work without a better layout after which a layer is given up."""
-FRESH = 5
-"""Fresh layouts before every other piece of work disturbs the best one instead."""
+FRESH, FRESH_PAIRS = 5, 4
+"""Pieces of work before every other one disturbs the best layout instead; the second where `Pairing` does."""
+SHAPES, NEAR = 1000, 5e-4
+"""Shapes that `Pairing` judges in one piece of work, and the distance to the bound at which it stops."""
 UNPRICED = 1
 """Pieces of work before a better bound is sought, where reading is heavy."""
 PATIENCE = 8
@@ -154,6 +157,7 @@ class LayerSearch:
         self.cost_s = np.inf
         self.pieces = 0
         self.exhausted = False
+        self._pairs = priced and alike(layer)
         self._several = objective.split == "per_batch" and not alone
         self._todo = broad_attempts(layer) if self._several else attempts(layer, self.mean_bound_s)
         self._robust: RobustSearch | None = None
@@ -176,8 +180,8 @@ class LayerSearch:
         if self._pricing is not None and self.pieces > UNPRICED and self.best is not None:
             self._tighten(self._pricing)
             return
-        if self._kicks() and self.pieces > FRESH and self.pieces % 2:
-            self._kick(gap)
+        if self._kicks() and self.pieces > (FRESH_PAIRS if self._pairs else FRESH) and self.pieces % 2:
+            self._disturb(gap)
             return
         attempt = next(self._todo, None)
         if attempt is None:
@@ -216,9 +220,16 @@ class LayerSearch:
     def _kicks(self) -> bool:
         return self.best is not None and self.layer.plain and not self._several and self.layer.devices >= 3
 
-    def _kick(self, gap: float) -> None:
+    def _disturb(self, gap: float) -> None:
+        """Change the best layout: its cuts where which replicas share a device follows from them, else some devices."""
         assert self.best is not None
-        layout, before = kicked(self.layer, self.best, self._random), self.cost_s
+        before = self.cost_s
+        if self._pairs and pairable(self.layer, self.best):
+            time_s = before - moved_cost(self.layer, self.best)
+            pairing = Pairing(self.layer, self.best, time_s, self._random.randrange(2**32))
+            layout = pairing.run(self.mean_bound_s * (1.0 + NEAR), SHAPES)
+        else:
+            layout = kicked(self.layer, self.best, self._random)
         if layout is not None:
             self._try(layout, gap)
         self._idle = 0 if self.cost_s < before else self._idle + 1
@@ -226,7 +237,7 @@ class LayerSearch:
     def _after_attempts(self, gap: float) -> None:
         """No fresh layouts are left: disturb the best one, or for several cases go on with moves judged by all."""
         if self._kicks() and self._idle < PATIENCE:
-            self._kick(gap)
+            self._disturb(gap)
         elif self._several and self.best is not None and self._idle < ROBUST_PATIENCE:
             self._move_robustly()
         else:

@@ -15,15 +15,16 @@ from .price_program import Priced, Trial, best_prices
 from .units import LayerProblem
 
 FIRST_CORNERS = 80
-CORNERS = 20
-"""Corners beside `Trial.marks` for a first layer, and for later ones beside those at which the first's prices bend."""
+CORNERS, MORE_CORNERS = 20, 60
+"""Corners beside `Trial.marks` for a first layer, and for later ones beside those at which the first's prices bend: few
+for the first time tried, which only says where to look next, more at times nearer to the bound."""
 MOST_KINDS = 6
 """Kinds of devices up to which the bound is sought."""
-PROGRAMS = 4
+PROGRAMS = 3
 """Times at which prices are sought, each nearer to the largest that they refute."""
-NEAR = 1.5e-3
+NEAR = 4e-4
 """Relative distance between times within which prices are as good for both."""
-AIM = 5e-4
+AIM = 1e-4
 """Times are sought whose ratio is that much above 1: at 1 and below nothing is refuted."""
 ABOVE, ROOMY = 4e-3, 0.985
 """Where devices are to hold more than they can, as at the bound, layouts come out bad: a time that much above it is
@@ -32,7 +33,7 @@ ELASTICITY = 1.2
 """Relative fall of the ratio for a relative growth of the time, as a first guess."""
 FIRST_PART = 0.98
 """Part of a placement's time at which the search begins in a first layer."""
-ROUGH, FINE = 2e-3, 4e-4
+ROUGH, FINE = 2e-3, 1e-4
 """Distances to the best ratio at the first time, which only says where to look next, and at later ones."""
 SAFE = 1.0 - 1e-9
 """Factor on ratios, so that rounding never refutes a time that a placement reaches."""
@@ -76,7 +77,9 @@ class Pricing:
             trial = trial_at(layer, layer.tokens_U, layer.base_D, time_s)
             if trial is None:
                 break
-            priced = best_prices(trial, self._first(trial), ROUGH if not found else FINE)
+            priced = best_prices(
+                trial, self._first(trial, MORE_CORNERS if found else CORNERS), FINE if found else ROUGH
+            )
             found.append(priced)
             ratio = priced.ratio if found[1:] else priced.estimate
             self._learn(priced)
@@ -91,17 +94,17 @@ class Pricing:
         if found and not any(ROOMY <= priced.ratio < 1.0 for priced in found):
             trial = trial_at(layer, layer.tokens_U, layer.base_D, low_s * (1.0 + ABOVE))
             if trial is not None:
-                found.append(best_prices(trial, self._first(trial), ROUGH))
+                found.append(best_prices(trial, self._first(trial, CORNERS), ROUGH))
         return min(low_s, cost_s), [priced for priced in found if ROOMY <= priced.ratio < 1.0] or found[-1:]
 
-    def _first(self, trial: Trial) -> Prices:
+    def _first(self, trial: Trial, corners: int) -> Prices:
         """Corners, and prices to begin with: those of the layer before, or in proportion to tokens and reading."""
         if self._bends is None or len(self._bends[0].marks) != len(trial.marks) or self._known is None:
             even = np.linspace(0, LATTICE, FIRST_CORNERS + 1).astype(np.int64)
             at_K = np.unique(np.concatenate((even, trial.marks)))
             read = min(kind.read for kind in trial.kinds)
             return Prices(at_K, at_K.astype(np.float64) * trial.step + read)
-        even = np.linspace(0, LATTICE, CORNERS + 1).astype(np.int64)
+        even = np.linspace(0, LATTICE, corners + 1).astype(np.int64)
         bends = np.rint(np.interp(self._bends[1], self._bends[0].marks, trial.marks)).astype(np.int64)
         return carried(*self._known, trial, np.unique(np.concatenate((even, trial.marks, bends))))
 
