@@ -7,6 +7,8 @@ waste another. Any prices of pieces refute a time within which the devices canno
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from .fields import FloatArray, IntArray
@@ -15,17 +17,10 @@ from .price_program import Priced, Trial, best_prices
 from .units import LayerProblem
 
 FIRST_CORNERS = 80
-CORNERS, MORE_CORNERS = 20, 60
-"""Corners beside `Trial.marks` for a first layer, and for later ones beside those at which the first's prices bend: few
-for the first time tried, which only says where to look next, more at times nearer to the bound."""
+CORNERS = 20
+"""Corners beside `Trial.marks` for a first layer, and for later ones beside those at which the first's prices bend."""
 MOST_KINDS = 6
 """Kinds of devices up to which the bound is sought."""
-PROGRAMS = 3
-"""Times at which prices are sought, each nearer to the largest that they refute."""
-NEAR = 4e-4
-"""Relative distance between times within which prices are as good for both."""
-AIM = 1e-4
-"""Times are sought whose ratio is that much above 1: at 1 and below nothing is refuted."""
 ABOVE, ROOMY = 4e-3, 0.985
 """Where devices are to hold more than they can, as at the bound, layouts come out bad: a time that much above it is
 tried, unless one was whose ratio is between this and 1."""
@@ -33,8 +28,8 @@ ELASTICITY = 1.2
 """Relative fall of the ratio for a relative growth of the time, as a first guess."""
 FIRST_PART = 0.98
 """Part of a placement's time at which the search begins in a first layer."""
-ROUGH, FINE = 2e-3, 1e-4
-"""Distances to the best ratio at the first time, which only says where to look next, and at later ones."""
+ROUGH = 2e-3
+"""Distance to the best ratio at the first time, which only says where to look next."""
 SAFE = 1.0 - 1e-9
 """Factor on ratios, so that rounding never refutes a time that a placement reaches."""
 
@@ -46,6 +41,36 @@ def trial_at(layer: LayerProblem, tokens_U: FloatArray, base_D: FloatArray, time
         return None
     step = max(kind.room - kind.read for kind in kinds) / LATTICE
     return Trial(kinds, step, tokens_U / step)
+
+
+@dataclass(frozen=True, slots=True)
+class Care:
+    """How closely the bound is approached after the first time tried.
+
+    Parameters
+    ----------
+    programs : int
+        Times at which prices are sought, each nearer to the largest that they refute.
+    near : float
+        Relative distance between times within which prices are as good for both.
+    aim : float
+        Times are sought whose ratio is that much above 1: at 1 and below nothing is refuted.
+    fine : float
+        Distance to the best ratio.
+    corners : int
+        As `CORNERS`.
+    """
+
+    programs: int
+    near: float
+    aim: float
+    fine: float
+    corners: int
+
+
+ALIKE = Care(programs=3, near=4e-4, aim=1e-4, fine=1e-4, corners=60)
+MIXED = Care(programs=4, near=1.5e-3, aim=5e-4, fine=4e-4, corners=CORNERS)
+"""For one kind of devices and for several, whose programs are several times larger."""
 
 
 class Pricing:
@@ -72,24 +97,24 @@ class Pricing:
         time_s = known_s * self._lift if self._known is not None else FIRST_PART * cost_s
         slope, before = -ELASTICITY, (0.0, 0.0)
         found: list[Priced] = []
-        for _ in range(PROGRAMS):
+        care = ALIKE if len(kinds_at(layer, layer.base_D, known_s)) == 1 else MIXED
+        for _ in range(care.programs):
             time_s = min(max(time_s, known_s), cost_s)
             trial = trial_at(layer, layer.tokens_U, layer.base_D, time_s)
             if trial is None:
                 break
-            priced = best_prices(
-                trial, self._first(trial, MORE_CORNERS if found else CORNERS), FINE if found else ROUGH
-            )
+            corners, tolerance = (care.corners, care.fine) if found else (CORNERS, ROUGH)
+            priced = best_prices(trial, self._first(trial, corners), tolerance)
             found.append(priced)
             ratio = priced.ratio if found[1:] else priced.estimate
             self._learn(priced)
             low_s = max(low_s, self._refuted(layer, time_s, priced.ratio, low_s))
-            if 0.0 <= priced.ratio - 1.0 < NEAR or (ratio < 1.0 and time_s <= known_s):
+            if 0.0 <= priced.ratio - 1.0 < care.near or (ratio < 1.0 and time_s <= known_s):
                 break
             if before[0] > 0.0 and time_s != before[0]:
                 slope = min(-0.5, max(-5.0, (ratio - before[1]) / (time_s / before[0] - 1.0)))
             before = time_s, ratio
-            time_s *= 1.0 + (1.0 + AIM - ratio) / slope
+            time_s *= 1.0 + (1.0 + care.aim - ratio) / slope
         self._lift = low_s / known_s
         if found and not any(ROOMY <= priced.ratio < 1.0 for priced in found):
             trial = trial_at(layer, layer.tokens_U, layer.base_D, low_s * (1.0 + ABOVE))
