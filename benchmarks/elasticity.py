@@ -43,7 +43,8 @@ class Options:
     Parameters
     ----------
     checkpoints, modes : tuple of str
-    repeats : int
+    repeats, other_repeats : int
+        Of changes and kills; and of the other ways to another size, which take three times as long.
     threads : int
         Compute threads of each worker.
     quick : bool
@@ -55,6 +56,7 @@ class Options:
     checkpoints: tuple[str, ...]
     modes: tuple[Mode, ...]
     repeats: int
+    other_repeats: int
     threads: int
     quick: bool
     picture: bool
@@ -95,12 +97,11 @@ class Bench:
         model = ModelFiles.open(str(checkpoint))
         clients, vocabulary = CLIENTS[name], model.config.vocab_size
         labels = {"checkpoint": name, "what": what, "weight_bytes": weight_bytes(checkpoint), "mode": mode}
-        if not options.quick:
-            await asyncio.to_thread(self._restarts, labels, config)
+        await asyncio.to_thread(self._restarts, labels, config)
         session = await Session.start(config, self.sampler, clients, vocabulary, options.watch_s)
         try:
             for repeat in range(options.repeats):
-                await self._repeat(session, {**labels, "repeat": repeat})
+                await self._repeat(session, {**labels, "repeat": repeat}, others=repeat < options.other_repeats)
             if options.picture and name == options.checkpoints[0] and mode == options.modes_of(name)[-1]:
                 await session.running.scale(PICTURED[0])
                 self.timeline = await record(session, PICTURED[1])
@@ -113,18 +114,18 @@ class Bench:
                 self._keep({**labels, **row})
 
     def _restarts(self, labels: Row, config: DeploymentConfig) -> None:
-        for repeat in range(self.options.repeats):
+        for repeat in range(self.options.other_repeats):
             for row in serve_restarts(config, self.options.changes):
                 self._keep({**labels, "repeat": repeat, **row})
 
-    async def _repeat(self, session: Session, labels: Row) -> None:
+    async def _repeat(self, session: Session, labels: Row, *, others: bool) -> None:
         for workers in self.options.changes:
             await self._note(labels, change(session, workers))
             if workers == 2:
                 await self._note(labels, killed_worker(session))
                 if not self.options.quick:
                     await self._note(labels, killed_owner(session))
-        if not self.options.quick:
+        if others:
             for workers in self.options.changes:
                 await self._note(labels, cold_restart(session, workers))
             for workers in self.options.changes:
@@ -170,6 +171,7 @@ def options_of(args: argparse.Namespace) -> Options:
         checkpoints=("demo",) if quick else tuple(args.checkpoints.split(",")),
         modes=("shared",) if quick else tuple(args.modes.split(",")),
         repeats=1 if quick else args.repeats,
+        other_repeats=0 if quick else args.other_repeats,
         threads=args.threads,
         quick=quick,
         picture=args.picture is not None,
@@ -181,6 +183,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the report there")
     parser.add_argument("--quick", action="store_true", help="the demo's checkpoint, 1 to 2 to 1 workers and one kill")
     parser.add_argument("--repeats", type=int, default=3, help="repeats that medians are taken over")
+    parser.add_argument("--other-repeats", type=int, default=2, help="of restarts and second copies")
     parser.add_argument("--threads", type=int, default=1, help="compute threads of each worker")
     parser.add_argument("--checkpoints", default=",".join(_CHECKPOINTS), help="which, with commas")
     parser.add_argument("--modes", default=",".join(get_args(Mode)), help="memory modes, with commas")
