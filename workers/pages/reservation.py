@@ -43,15 +43,15 @@ class Reservation:
         self._thread.join()
 
     def _take(self) -> None:
-        for _ in self._huge.reserve() if self._huge else ():
-            if self._stopped.is_set():
-                return
-        total = self._pool.geometry.total_bytes
-        for offset in range(0, total, _STEP_BYTES):
-            if self._stopped.is_set():
-                return
-            try:
+        try:
+            for _ in self._huge.reserve() if self._huge else ():
+                if self._stopped.is_set():
+                    return
+            total = self._pool.geometry.total_bytes
+            for offset in range(0, total, _STEP_BYTES):
+                if self._stopped.is_set():
+                    return
                 os.posix_fallocate(self._pool.fd, offset, min(_STEP_BYTES, total - offset))
-            except OSError as e:
-                _log.warning("pool %r: only %d of %d bytes reserved: %s", self._pool.geometry.name, offset, total, e)
-                return
+        except OSError as e:
+            there, name = self._pool.resident_bytes(), self._pool.geometry.name
+            _log.warning("pool %r: only %d of %d bytes reserved: %s", name, there, self._pool.geometry.total_bytes, e)
