@@ -310,6 +310,7 @@ def test_collapsing_goes_on_after_refusals_and_spares_regions_with_free_pages(ow
 
 @pytest.mark.parametrize("huge_pages", [False, True])
 def test_a_pool_that_reserves_its_memory_keeps_it(huge_pages: bool) -> None:
+    """P12."""
     size = 64 << 10
     pages = 4 * HUGE_BYTES // size + 3  # the last region is not whole
     config = OwnerConfig(f"{CONFIG.name}-kept-{huge_pages}", pages, size, "secret", huge_pages, reserve=True)
