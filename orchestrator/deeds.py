@@ -33,6 +33,7 @@ from .core.facts import (
     StopWorker,
 )
 from .core.layout import is_node_pool, node_pool
+from .core.leftovers import heirs_at_switch
 from .core.state import Record, State
 from .planning import MAILBOX_BYTES, max_model_len
 
@@ -87,7 +88,7 @@ class Deeds:
             case Prepare():
                 return self._prepare(effect)
             case Commit():
-                return self._worker(effect.worker).handle.commit(effect.generation)
+                return self._worker(effect.worker).handle.commit(effect.generation, self._heir_of(effect.worker))
             case Abandon():
                 return self._worker(effect.worker).handle.abandon(effect.generation)
             case HandOver():
@@ -179,6 +180,25 @@ class Deeds:
         assignment = self._assignment(record, record.rank_of(effect.worker))
         await self._worker(effect.worker).handle.prepare(assignment)
 
+    def _inherits(self, worker: str) -> tuple[KVSource, ...]:
+        """KV of devices that leave, which this worker takes over at the switch."""
+        found = []
+        for device, heir in heirs_at_switch(self.state()).items():
+            pool = self._pool_of_device(device)
+            known = self.cluster.pools.get(pool)
+            if heir == worker and known is not None and kv_key(device) in known.pages:
+                found.append(KVSource(self._extents(pool, (LEDGER_KEY,)), known.source, known.pages[kv_key(device)]))
+        return tuple(found)
+
+    def _heir_of(self, worker: str) -> str:
+        """The device whose worker takes this one's running sequences over at the switch, if it leaves then."""
+        state = self.state()
+        serving = state.serving
+        if serving is None or worker not in serving.workers:
+            return ""
+        heir = heirs_at_switch(state).get(serving.layout.devices[serving.rank_of(worker)])
+        return "" if heir is None else serving.layout.devices[serving.rank_of(heir)]
+
     async def _resize_kv(self, effect: ResizeKV) -> None:
         """Extent, mapping and block count agree afterwards, whatever was left half done before."""
         worker = self._worker(effect.worker)
@@ -269,7 +289,8 @@ class Deeds:
         node = layout.seats[rank].node
         device = self._extents(layout.device_pool(rank))
         host = self._node_host(node)
-        return Assignment(generation, rank, device, self._extents(node_pool(node)), self._threads(node), host)
+        inherits = self._inherits(record.workers[rank])
+        return Assignment(generation, rank, device, self._extents(node_pool(node)), self._threads(node), host, inherits)
 
     def _extents(self, pool: str, keys: Sequence[str] | None = None) -> PoolExtents:
         known = self._pool(pool)

@@ -178,9 +178,9 @@ class WorkerService:
     def abandon(self, generation: int) -> None:
         self._worker.abandon(generation)
 
-    def commit(self, generation: int) -> None:
+    def commit(self, generation: int, heir: str = "") -> None:
         """Waits for the boundary, too, so that nobody needs to ask again and again; but it may never come."""
-        self._worker.commit(generation)
+        self._worker.commit(generation, heir)
         self._worker.wait_for_boundary(generation, _BOUNDARY_S)
 
     def kv_pages(self) -> tuple[int, ...]:

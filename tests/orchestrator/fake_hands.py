@@ -129,6 +129,7 @@ class FakeWorker:
     parked: str = ""
     device: str = ""
     kv: tuple[int, ...] = ()
+    left_to: str = ""
     released_to: str | None = None
     dead: bool = False
     hangs: bool = False
@@ -150,12 +151,12 @@ class FakeWorker:
         await self._alive()
         self.ready.discard(generation)
 
-    async def commit(self, generation: int) -> None:
+    async def commit(self, generation: int, heir: str = "") -> None:
         await self._alive()
         await self.faults.met("commit")
         self.parked = ""
         if generation not in self.ready:
-            self.serving, self.retired = 0, generation
+            self.serving, self.retired, self.left_to = 0, generation, heir
             return
         self.ready.discard(generation)
         self.serving = generation

@@ -152,9 +152,11 @@ class EngineCore:
         """Write nothing to the ledger from here on, since the KV passes to others; sequences stay."""
         self.scheduler.blocks.detach()
 
-    def hand_over(self, moved_to: str) -> list[EngineOutput]:
-        """End every sequence, to be continued elsewhere; all outputs that have not been reported."""
+    def hand_over(self, moved_to: str, *, running: bool) -> list[EngineOutput]:
+        """End every sequence, or those that run, to be continued elsewhere; all outputs that have not been reported."""
         for seq in self.scheduler.sequences:
+            if running and not isinstance(seq.state, Running):
+                continue
             end = Finished("moved")
             self.scheduler.finish(seq, end)
             self._note_end(seq, end, moved_to)

@@ -184,8 +184,10 @@ class Engine:
             self._offer.drop()
             self._retire()
 
-    def hand_over(self, moved_to: str) -> list[EngineOutput]:
+    def hand_over(self, moved_to: str, *, running: bool = False) -> list[EngineOutput]:
         """End every sequence of an engine that has retired as moved to that device; all outputs not yet emitted.
+
+        With ``running`` only those that run; what waits, and what comes later, is kept for another call.
 
         Raises
         ------
@@ -195,8 +197,8 @@ class Engine:
         with self._turns.loop(), self._lock:
             if not self._retired:
                 raise InternalError("an engine that has not retired cannot hand its sequences over")
-            self._moved_to = moved_to
-            return self._core.hand_over(moved_to)
+            self._moved_to = self._moved_to if running else moved_to
+            return self._core.hand_over(moved_to, running=running)
 
     def run(self, emit: Emit) -> RunEnd:
         """Turn until stopped or retired; ``emit`` gets each step's outputs, in this thread.
