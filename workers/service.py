@@ -83,7 +83,11 @@ class Service:
         self._offered = 0
         model = first.assignment.generation.model
         engine_config = EngineConfig(
-            config.scheduler, model.vocab_size, model.eos_ids, prefix_caching=config.prefix_caching
+            config.scheduler,
+            model.vocab_size,
+            model.eos_ids,
+            prefix_caching=config.prefix_caching,
+            emulated_step_ms=config.emulated_step_ms,
         )
         self.engine = Engine(first.decoder, first.kv, first.exchange, engine_config)
         self.engine.generation = first.generation
