@@ -150,6 +150,7 @@ class Deeds:
             threads=self._threads(effect.node),
             scheduler=scheduler,
             prefix_caching=engine.prefix_caching,
+            emulated_step_ms=engine.emulated_step_ms,
         )
         handle = await self.cluster.hands.start_worker(effect.node, config)
         await self.cluster.add_worker(effect.worker, effect.node, handle)

@@ -24,6 +24,8 @@ class WorkerConfig:
         Compute threads.
     scheduler : SchedulerConfig
     prefix_caching : bool
+    emulated_step_ms : float
+        Least time of a forward pass, in milliseconds, as `EngineConfig` has it.
     """
 
     name: str
@@ -32,6 +34,7 @@ class WorkerConfig:
     threads: int
     scheduler: SchedulerConfig
     prefix_caching: bool = True
+    emulated_step_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,11 @@ class Service:
         self._heir = ""  # the device that running sequences go on at, if it takes them over as this one leaves
         model = first.assignment.generation.model
         engine_config = EngineConfig(
-            config.scheduler, model.vocab_size, model.eos_ids, prefix_caching=config.prefix_caching
+            config.scheduler,
+            model.vocab_size,
+            model.eos_ids,
+            prefix_caching=config.prefix_caching,
+            emulated_step_ms=config.emulated_step_ms,
         )
         self.engine = Engine(first.decoder, first.kv, first.exchange, engine_config)
         self.engine.generation = first.generation
