@@ -170,7 +170,7 @@ def _throughput(load: Load, answer: Answer, before: Window, after: Window, refil
     """
     during = Window(answer.asked_s, answer.ended_s)
     refill = Window(answer.ended_s, refilled_s)
-    old, new, now = (tokens_per_s(load.arrivals, window) for window in (before, after, during))
+    old, new, now = (spread_tokens_per_s(load.arrivals, window) for window in (before, after, during))
     committed_s = answer.committed_s - answer.asked_s
     expected = (old * committed_s + new * (during.seconds - committed_s)) / during.seconds
     return {
