@@ -6,6 +6,7 @@ generation to generation, and through the loss of peers, until it has retired an
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import threading
@@ -51,6 +52,7 @@ class Worker:
         self._service: Service | None = None
         self._lent: dict[str, PoolServer] = {}
         self._stopped = False
+        self._serials = itertools.count(1)
 
     def prepare(self, assignment: Assignment) -> None:
         """Map a generation's pages and join its exchange; returns when all members have joined.
@@ -224,29 +226,19 @@ class Worker:
                 self._lent[pool] = PoolServer(found, token, f"@concertina/lent/{secrets.token_hex(8)}")
             return self._lent[pool].address
 
-    def address(self) -> tuple[str, int]:
-        """Where the ingress connects.
-
-        Raises
-        ------
-        InternalError
-            There is no engine.
-        """
-        service, _ = self._serving()
-        return self.config.host, service.frontend.port
-
     def report(self) -> WorkerReport:
         """State and counters now."""
         with self._changed:
-            report, service = self._report(), self._service
+            report, service = replace(self._report(), serial=next(self._serials)), self._service
         kv = self._kv
         if kv is not None:
             report = replace(report, device=kv.device, kv_blocks=kv.mapped)
         if service is None:
             return report
-        engine = service.engine
+        engine, address = service.engine, (self.config.host, service.frontend.port)
         counts = tuple(map(tuple, service.part.experts.counts_LE.tolist()))
-        return replace(report, load=engine.load, stats=engine.stats, counts_LE=counts, last_step_s=engine.last_step_s)
+        report = replace(report, load=engine.load, stats=engine.stats, counts_LE=counts, address=address)
+        return replace(report, last_step_s=engine.last_step_s)
 
     def step_ends_s(self, since_s: float) -> list[float]:
         """When the engine's steps since a moment of the node's monotonic clock ended; a bounded number of them."""
