@@ -161,6 +161,8 @@ class FakeWorker:
         await self._alive()
         await self.faults.met("commit")
         self.parked = ""
+        if generation in (self.serving, self.retired):
+            return await self.report()
         if generation not in self.ready:
             self.serving, self.retired, self.left_to = 0, generation, heir
             return await self.report()
