@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from math import inf
 
 from concertina.errors import OperatorError
 from concertina.orchestrator.core.facts import Commit, Effect, Free, Prepare, Snapshot
@@ -47,6 +48,7 @@ class Schedule:
         self.state = self.saved = State(standbys=order.choice((0, 0, 1)))
         self.ended: dict[tuple[str, float], str] = {}
         self.requested = self.started = 0
+        self.again_s = inf  # until when the next generation is put off
 
     def use(self, mode: MemoryMode, layouts: tuple[Layout, ...]) -> None:
         """Go between these layouts."""
@@ -87,6 +89,10 @@ class Schedule:
         decision = step(self.state, snapshot)
         must(not decision.state.failure, f"C9: given up: {decision.state.failure}")
         must(not set(decision.effects) & snapshot.busy, "C4: something under way was asked for")
+        now_s, opened = self.world.now_s, decision.state.next_generation > self.state.next_generation
+        must(not opened or self.again_s == inf or now_s >= self.again_s, f"C16: opened before {self.again_s}")
+        must(decision.again_s > now_s, "C16: put off until a time that is over")
+        self.again_s = decision.again_s
         self.state = self.saved = decision.state
         pending = self.state.pending
         self.world.wanted = (self.state.serving, pending.record if pending is not None else None)
@@ -125,7 +131,8 @@ class Schedule:
         hung = any(w.hung_since_s is not None for w in world.workers.values())
         hidden = world.nodes_known != world.nodes_alive or bool(world.orphans) or bool(world.snapshot_lags())
         state = self.state
-        return not (world.busy or hung or hidden or state.pending is not None or state.operation is not None)
+        waits = state.pending is not None or state.operation is not None or self.again_s < inf
+        return not (world.busy or hung or hidden or waits)
 
     def _others(self) -> None:
         """What processes do of themselves."""
@@ -192,6 +199,7 @@ class Schedule:
         if before.operation is not None and self.state.operations[-1].id != before.operation.id:
             told = next(o for o in self.state.operations if o.id == before.operation.id)
             must(told.outcome == "superseded", f"C13: {told.id} is {told.outcome}, and another one was begun")
+        self.again_s = inf
         self.note(f"asked for {[layout.devices for layout in route]}")
 
     def _cancel(self) -> None:
