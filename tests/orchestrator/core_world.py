@@ -238,6 +238,8 @@ class World:
         worker = self.workers.get(name)
         if worker is None or worker.hung_since_s is not None or worker.failed or generation in worker.abandoned:
             return True
+        if not self.with_it(name, generation):
+            return True  # it was started anew: members switch together
         return worker.serving == generation and bool(worker.parked)
 
     def running(self) -> set[int]:
