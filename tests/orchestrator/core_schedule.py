@@ -91,7 +91,6 @@ class Schedule:
         must(not set(decision.effects) & snapshot.busy, "C4: something under way was asked for")
         now_s, opened = self.world.now_s, decision.state.next_generation > self.state.next_generation
         must(not opened or self.again_s == inf or now_s >= self.again_s, f"C16: opened before {self.again_s}")
-        must(decision.again_s > now_s, "C16: put off until a time that is over")
         self.again_s = decision.again_s
         self.state = self.saved = decision.state
         pending = self.state.pending
@@ -226,7 +225,7 @@ class Schedule:
             switching = [effect for effect in world.busy if isinstance(effect, Commit)]
             effect = order.choice(switching if switching and order.random() < 0.5 else list(world.busy))
             faults += [lambda: world.fail(effect, after=False), lambda: world.fail(effect, after=True)]
-            faults += [lambda: world.double(effect)]
+            faults += [lambda: world.double(effect), lambda: world.hang_start(effect)]
         if workers:
             name = order.choice(workers)
             faults += [
