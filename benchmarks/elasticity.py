@@ -24,7 +24,7 @@ from .common import write_report
 from .elasticity_baselines import bare_copies, serve_restarts
 from .elasticity_cases import Row, Session, change, cold_restart, killed_owner, killed_worker, second_copy
 from .elasticity_checkpoints import demo_checkpoint, large_checkpoint, weight_bytes
-from .elasticity_deployment import Mode, configured
+from .elasticity_deployment import Mode, configured, emulates
 from .elasticity_memory import Sampler, sampling
 from .elasticity_summary import summarise
 from .elasticity_timeline import Timeline, record
@@ -33,6 +33,9 @@ CHANGES = (2, 3, 1)  # from 1 worker
 QUICK_CHANGES = (2, 1)
 PICTURED = (2, 1)  # one transition with everything in it: room, weights, the switch, and a hand-over
 CLIENTS = {"demo": 8, "large": 4}
+EMULATED_STEP_MS = {"demo": 15.0, "large": 150.0}  # twice what the computation takes, or more
+EMULATED_ROUNDS = 2  # of changes per repeat: they are quick, and a window of few steps is noisy
+_NOT_WORTH_IT = {("demo", "reserved"), ("demo", "emulated_reserved"), ("large", "emulated_separate")}
 _CHECKPOINTS: dict[str, Callable[[Path], tuple[Path, str]]] = {"demo": demo_checkpoint, "large": large_checkpoint}
 
 
@@ -44,7 +47,8 @@ class Options:
     ----------
     checkpoints, modes : tuple of str
     repeats, other_repeats : int
-        Of changes and kills; and of the other ways to another size, which take three times as long.
+        Of changes and kills; and of the other ways to another size, which take three times as long. With emulated
+        steps changes are measured twice as often, and no other ways.
     threads : int
         Compute threads of each worker.
     quick : bool
@@ -66,8 +70,25 @@ class Options:
         return QUICK_CHANGES if self.quick else CHANGES
 
     def modes_of(self, checkpoint: str) -> Sequence[Mode]:
-        """Those worth measuring: the demo's 0.01 GiB are there in no time, reserved or not."""
-        return [mode for mode in self.modes if (checkpoint, mode) != ("demo", "reserved")]
+        """Those worth measuring.
+
+        The demo's 0.01 GiB are there in no time, reserved or not. The large one's take seconds of a core until the host
+        has found memory for them, unless it is reserved, as an accelerator's is.
+        """
+        return [mode for mode in self.modes if (checkpoint, mode) not in _NOT_WORTH_IT]
+
+    def rounds(self, mode: Mode) -> int:
+        """How often changes are measured."""
+        return self.repeats * (EMULATED_ROUNDS if emulates(mode) else 1)
+
+    def other_rounds(self, mode: Mode) -> int:
+        """How often the other ways are: they say nothing of emulated steps."""
+        return 0 if emulates(mode) else self.other_repeats
+
+    def pictured(self, checkpoint: str) -> Mode | None:
+        """The mode that the picture is of: the last one with steps of their own length."""
+        own = [mode for mode in self.modes_of(checkpoint) if not emulates(mode)]
+        return own[-1] if self.picture and own and checkpoint == self.checkpoints[0] else None
 
     @property
     def watch_s(self) -> float:
@@ -93,43 +114,50 @@ class Bench:
 
     async def _session(self, name: str, what: str, checkpoint: Path, mode: Mode) -> None:
         options = self.options
-        config = configured(str(checkpoint), mode, 1, options.threads)
+        step_ms = EMULATED_STEP_MS[name] if emulates(mode) else 0.0
+        config = configured(str(checkpoint), mode, 1, options.threads, step_ms)
         model = ModelFiles.open(str(checkpoint))
         clients, vocabulary = CLIENTS[name], model.config.vocab_size
         labels = {"checkpoint": name, "what": what, "weight_bytes": weight_bytes(checkpoint), "mode": mode}
-        await asyncio.to_thread(self._restarts, labels, config)
+        if step_ms:
+            labels["emulated_step_ms"] = step_ms
+        await asyncio.to_thread(self._restarts, labels, config, options.other_rounds(mode))
         session = await Session.start(config, self.sampler, clients, vocabulary, options.watch_s)
         try:
-            for repeat in range(options.repeats):
-                await self._repeat(session, {**labels, "repeat": repeat}, others=repeat < options.other_repeats)
-            if options.picture and name == options.checkpoints[0] and mode == options.modes_of(name)[-1]:
+            for repeat in range(options.rounds(mode)):
+                numbered = {**labels, "repeat": repeat}
+                await self._changes(session, numbered, kills=repeat < options.repeats)
+                if repeat < options.other_rounds(mode):
+                    await self._other_ways(session, numbered)
+            if mode == options.pictured(name):
                 await session.running.scale(PICTURED[0])
                 self.timeline = await record(session, PICTURED[1])
         finally:
             await session.stop()
             self.rows.append({**labels, "case": "streams", "dtype": model.dtype, "clients": clients, **session.streams})
-        if not options.quick:
+        if not options.quick and not emulates(mode):
             changed = [row for row in self.rows if row["case"] == "change" and labels.items() <= row.items()]
             for row in bare_copies(changed):
                 self._keep({**labels, **row})
 
-    def _restarts(self, labels: Row, config: DeploymentConfig) -> None:
-        for repeat in range(self.options.other_repeats):
+    def _restarts(self, labels: Row, config: DeploymentConfig, repeats: int) -> None:
+        for repeat in range(repeats):
             for row in serve_restarts(config, self.options.changes):
                 self._keep({**labels, "repeat": repeat, **row})
 
-    async def _repeat(self, session: Session, labels: Row, *, others: bool) -> None:
+    async def _changes(self, session: Session, labels: Row, *, kills: bool) -> None:
         for workers in self.options.changes:
             await self._note(labels, change(session, workers))
-            if workers == 2:
+            if workers == 2 and kills:
                 await self._note(labels, killed_worker(session))
                 if not self.options.quick:
                     await self._note(labels, killed_owner(session))
-        if others:
-            for workers in self.options.changes:
-                await self._note(labels, cold_restart(session, workers))
-            for workers in self.options.changes:
-                await self._note(labels, second_copy(session, workers))
+
+    async def _other_ways(self, session: Session, labels: Row) -> None:
+        for workers in self.options.changes:
+            await self._note(labels, cold_restart(session, workers))
+        for workers in self.options.changes:
+            await self._note(labels, second_copy(session, workers))
 
     async def _note(self, labels: Row, case: Awaitable[Row]) -> None:
         self._keep({**labels, **await case})
@@ -186,7 +214,7 @@ def main() -> None:
     parser.add_argument("--other-repeats", type=int, default=2, help="of restarts and second copies")
     parser.add_argument("--threads", type=int, default=1, help="compute threads of each worker")
     parser.add_argument("--checkpoints", default=",".join(_CHECKPOINTS), help="which, with commas")
-    parser.add_argument("--modes", default=",".join(get_args(Mode)), help="memory modes, with commas")
+    parser.add_argument("--modes", default=",".join(get_args(Mode)), help="memory modes, emulated or not; with commas")
     parser.add_argument("--picture", metavar="STEM", help="draw a timeline of one transition to STEM.png and STEM.svg")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="concertina-elasticity-") as folder, sampling(Path(folder)) as sampler:

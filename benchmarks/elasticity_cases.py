@@ -22,6 +22,7 @@ from .elasticity_measures import (
     median_step_s,
     pause,
     peak_bytes,
+    spread_tokens_per_s,
     steady_bytes,
     tokens_per_s,
 )
@@ -108,6 +109,7 @@ async def change(session: Session, workers: int) -> Row:
         **_pause(steps, answer, before, later_step_s),
         **_silence(load, answer, before),
         **_throughput(load, answer, before, after, refilled_s),
+        **_sides_of_commit(load, answer, before, after),
         **_memory(session, answer, before, after),
         **moved_bytes(pools, settled),
         "planned_bytes": preview.moved_bytes,
@@ -168,7 +170,7 @@ def _throughput(load: Load, answer: Answer, before: Window, after: Window, refil
     """
     during = Window(answer.asked_s, answer.ended_s)
     refill = Window(answer.ended_s, refilled_s)
-    old, new, now = (tokens_per_s(load.arrivals, window) for window in (before, after, during))
+    old, new, now = (spread_tokens_per_s(load.arrivals, window) for window in (before, after, during))
     committed_s = answer.committed_s - answer.asked_s
     expected = (old * committed_s + new * (during.seconds - committed_s)) / during.seconds
     return {
@@ -180,6 +182,13 @@ def _throughput(load: Load, answer: Answer, before: Window, after: Window, refil
         "throughput_during_over_expected": now / expected,
         "lost_ms": during.seconds * (1 - now / expected) * 1e3,
     }
+
+
+def _sides_of_commit(load: Load, answer: Answer, before: Window, after: Window) -> Row:
+    """What is prepared beside serving costs until the commit; the switch and what is cleared up, from then on."""
+    sides = Window(answer.asked_s, answer.committed_s), Window(answer.committed_s, answer.ended_s)
+    until, behind, old, new = (spread_tokens_per_s(load.arrivals, window) for window in (*sides, before, after))
+    return {"throughput_until_commit_over_before": until / old, "throughput_from_commit_over_after": behind / new}
 
 
 def _memory(session: Session, answer: Answer, before: Window, after: Window) -> Row:

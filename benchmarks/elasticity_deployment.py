@@ -20,8 +20,11 @@ from concertina.orchestrator.ray_hands import end_all
 from concertina.orchestrator.status import DeploymentStatus, OperationStatus
 from concertina.workers.model_files import ModelFiles
 
-Mode = Literal["shared", "separate", "reserved"]
-"""How devices hold memory: that of their node; each its own; each its own, all of it from the start."""
+Mode = Literal["shared", "separate", "reserved", "emulated", "emulated_separate", "emulated_reserved"]
+"""How devices hold memory: that of their node; each its own; each its own, all of it from the start.
+
+The same with emulated steps; ``emulated`` shares memory.
+"""
 
 LIMIT_S = 300.0
 _POLL_S = 0.2
@@ -45,19 +48,28 @@ class Answer:
     wanted_bytes: int
 
 
-def configured(checkpoint: str, mode: Mode, workers: int, threads: int) -> DeploymentConfig:
+def emulates(mode: Mode) -> bool:
+    """Whether steps take at least as long as an accelerator's, so that the host's cores are free meanwhile."""
+    return mode.startswith("emulated")
+
+
+def configured(
+    checkpoint: str, mode: Mode, workers: int, threads: int, emulated_step_ms: float = 0.0
+) -> DeploymentConfig:
     """A deployment whose devices hold all experts and a KV cache that clients fill within seconds."""
     model = ModelFiles.open(checkpoint)
     experts = len(model.config.moe_layers) * model.config.experts
     device_bytes = 1.1 * (experts * model.expert_bytes + _KV_BLOCKS * model.kv_block_bytes(_BLOCK_TOKENS))
-    engine = EngineOptions(max_model_len=_MODEL_LEN, block_tokens=_BLOCK_TOKENS, threads=threads)
+    engine = EngineOptions(
+        max_model_len=_MODEL_LEN, block_tokens=_BLOCK_TOKENS, threads=threads, emulated_step_ms=emulated_step_ms
+    )
     return DeploymentConfig(
         checkpoint,
         workers=workers,
         name=f"elasticity-{os.getpid()}-{next(_numbers)}",
         device_memory_bytes=int(device_bytes),
-        memory_mode="shared" if mode == "shared" else "separate",
-        reserve_memory=mode == "reserved",
+        memory_mode="shared" if mode in ("shared", "emulated") else "separate",
+        reserve_memory=mode.endswith("reserved"),
         rebalance_s=0,
         engine=engine,
     )

@@ -36,6 +36,24 @@ def tokens_per_s(arrivals: Iterable[Arrival], window: Window) -> float:
     return sum(tokens for at_s, _, tokens in arrivals if window.has(at_s)) / max(window.seconds, 1e-9)
 
 
+def spread_tokens_per_s(arrivals: Iterable[Arrival], window: Window) -> float:
+    """For a window of few steps, whose edges would decide how many arrivals it has.
+
+    Tokens count by how much of the time since their client's ones before lies within.
+    """
+    last_s: dict[int, float] = {}
+    inside = 0.0
+    for at_s, client, tokens in arrivals:
+        since_s = last_s.get(client, at_s)
+        last_s[client] = at_s
+        if since_s < at_s:
+            within_s = min(at_s, window.end_s) - max(since_s, window.begin_s)
+            inside += tokens * max(0.0, within_s) / (at_s - since_s)
+        elif window.has(at_s):
+            inside += tokens
+    return inside / max(window.seconds, 1e-9)
+
+
 def median_token_s(arrivals: Iterable[Arrival], window: Window) -> float:
     """Median time between two tokens of one client."""
     return median_step_s(list(by_client(arrivals).values()), window)

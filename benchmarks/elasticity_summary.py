@@ -26,6 +26,8 @@ _CHANGE = {
     "tokens_per_s_standby_starting": "tokens_per_s_while_a_standby_starts",
     "throughput_during_over_before": "throughput_during_over_before_ratio",
     "throughput_during_over_expected": "throughput_during_over_expected_ratio",
+    "throughput_until_commit_over_before": "throughput_until_commit_over_before_ratio",
+    "throughput_from_commit_over_after": "throughput_from_commit_over_after_ratio",
     "lost_ms": "serving_lost_ms",
     "peak_over_steady": "peak_over_steady_ratio",
     "pool_peak_over_steady": "pool_peak_over_steady_ratio",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 from ..errors import InternalError
-from ..workers.owner import OwnerConfig
+from ..workers.owner import OwnerConfig, OwnerReport
 from ..workers.pages.transfer import PageSource
 from ..workers.roles import WorkerReport
 from .core.facts import Abandon, Commit, Effect, Fault, Fill, Free, PoolFact, Prepare, Snapshot, WorkerFact
@@ -19,6 +19,7 @@ _log = logging.getLogger(__name__)
 _WATCH_S = 10.0
 _PATIENCE_S = 0.25  # for the answer of a worker, before a decision is made without it
 _RECENT_S = 0.1  # for which a process's word stands, unless something was done to it
+_TELLING = (Abandon, Commit, Fill, Free, Prepare)  # effects on one process, which says how it is afterwards
 
 
 @dataclass(slots=True)
@@ -34,12 +35,20 @@ class Pool:
     moved_bytes: int = 0
     asked: asyncio.Task[None] | None = None
     asked_s: float = 0.0
-    known_s: float = -inf  # when it was asked for what is known of it
-    touched_s: float = -inf  # when something was last done to it
+    known_s: float = -inf  # what is known of it is no older than that
+    heard_s: float = -inf  # when it was last heard
+    touched_s: float = -inf  # when something was last done to it whose outcome it did not tell
 
     async def refresh(self) -> None:
         """Ask for its extents, if they have changed, and what came into them."""
-        told = await self.handle.report(self.version)
+        self.take(await self.handle.report(self.version))
+
+    def hear(self, told: OwnerReport, asked_s: float, now_s: float) -> None:
+        """Take in the answer to what it was asked at ``asked_s``."""
+        self.take(told)
+        self.known_s, self.heard_s = max(self.known_s, asked_s), now_s
+
+    def take(self, told: OwnerReport) -> None:
         if told.pages is not None and told.version > self.version:  # another answer may have come before this one
             self.version, self.pages = told.version, told.pages
         self.moved_bytes = max(self.moved_bytes, told.loaded_bytes + told.copied_bytes)
@@ -53,18 +62,24 @@ class Pool:
 
 @dataclass(slots=True)
 class Member:
-    """A worker, what it last said, what it had said at the last decision, and where it takes requests."""
+    """A worker, what it last said, and what it had said at the last decision."""
 
     name: str
     node: str
     handle: WorkerHandle
     report: WorkerReport
     decided: WorkerReport | None = None
-    address: tuple[str, int] | None = None
     asked: asyncio.Task[None] | None = None
     asked_s: float = 0.0
     known_s: float = -inf  # as a pool's
+    heard_s: float = -inf
     touched_s: float = -inf
+
+    def hear(self, told: WorkerReport, asked_s: float, now_s: float) -> None:
+        """Take in the answer to what it was asked at ``asked_s``; a later report may have come before it."""
+        if told.serial > self.report.serial:
+            self.report = told
+        self.known_s, self.heard_s = max(self.known_s, asked_s), now_s
 
     def fact(self, now_s: float, hang_s: float, nodes: Container[str] | None = None) -> WorkerFact:
         """What it last said, unless it hangs, or its node is not one of ``nodes`` (None: any)."""
@@ -140,11 +155,11 @@ class Cluster:
         )
 
     def touch(self, effect: Effect, *, failed: bool = False) -> None:
-        """An effect has ended: whoever it may have changed has something new to say; if it failed, everybody."""
-        now_s = self.hands.now_s()
-        everybody: list[Member | Pool] = [*self.workers.values(), *self.pools.values()]
-        for process in everybody if failed else _touched(effect, self.workers, self.pools):
-            process.touched_s = now_s
+        """An effect has ended: everybody may have news, unless whom it was done to has told them."""
+        if failed or not isinstance(effect, _TELLING):
+            everybody: list[Member | Pool] = [*self.workers.values(), *self.pools.values()]
+            for process in everybody:
+                process.touched_s = self.hands.now_s()
 
     async def ask(self, recent_s: float = 0.0) -> None:
         """Have every report and every pool's extents anew, as far as they come at once.
@@ -154,7 +169,7 @@ class Cluster:
         now_s = self.hands.now_s()
 
         def silent(process: Member | Pool) -> bool:
-            known = process.known_s > process.touched_s and now_s - process.known_s < recent_s
+            known = process.known_s > process.touched_s and now_s - process.heard_s < recent_s
             return process.asked is None and not known
 
         for member in filter(silent, self.workers.values()):
@@ -171,8 +186,8 @@ class Cluster:
 
     async def _ask_owner(self, name: str, pool: Pool) -> None:
         try:
-            await pool.refresh()
-            pool.known_s = pool.asked_s
+            told = await pool.handle.report(pool.version)
+            pool.hear(told, pool.asked_s, self.hands.now_s())
         except InternalError as e:
             self._lost_owner(name, pool, e)
             return
@@ -207,12 +222,7 @@ class Cluster:
 
     async def _ask(self, member: Member) -> None:
         try:
-            member.report = await member.handle.report()
-            member.known_s = member.asked_s
-            if member.report.serving and member.address is None:
-                member.address = await member.handle.address()
-            if not member.report.serving and not member.report.retired:
-                member.address = None
+            member.hear(await member.handle.report(), member.asked_s, self.hands.now_s())
         except InternalError as e:
             self._lost(member, e)
         except Exception as e:  # noqa: BLE001 - a worker that cannot say how it is is replaced
@@ -224,14 +234,15 @@ class Cluster:
     async def _watch_worker(self, member: Member) -> None:
         seen = member.report
         while self.workers.get(member.name) is member:
+            asked_s = self.hands.now_s()
             try:
                 told = await member.handle.watch(seen, _WATCH_S)
             except InternalError as e:
                 self._lost(member, e)
                 return
+            member.hear(told, asked_s, self.hands.now_s())
             if told.situation != seen.situation:
                 seen = told
-                member.touched_s = self.hands.now_s()  # it is asked anew: this report may have been overtaken
                 if member.decided is None or member.decided.situation != told.situation:
                     self.changed()
 
@@ -259,16 +270,6 @@ class Cluster:
         task = asyncio.create_task(work)
         self._watches.add(task)
         task.add_done_callback(self._watches.discard)
-
-
-def _touched(effect: Effect, workers: Mapping[str, Member], pools: Mapping[str, Pool]) -> list[Member | Pool]:
-    match effect:
-        case Prepare() | Commit() | Abandon():
-            return [workers[effect.worker]] if effect.worker in workers else []
-        case Fill() | Free():
-            return [pools[effect.pool]] if effect.pool in pools else []
-        case _:  # a few of both
-            return [*workers.values(), *pools.values()]
 
 
 def _hang(asked: asyncio.Task[None] | None, late_s: float, hang_s: float) -> str:

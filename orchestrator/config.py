@@ -71,7 +71,8 @@ def check_token(token: str) -> str:
 class EngineOptions:
     """Limits of every worker's engine. Lengths and budgets in tokens, counts in sequences.
 
-    ``max_model_len`` None takes the model's own; ``max_waiting`` is per worker.
+    ``max_model_len`` None takes the model's own; ``max_waiting`` is per worker. Every step takes ``emulated_step_ms``
+    milliseconds at least, as if an accelerator computed and left the host's cores alone; 0 emulates nothing.
     """
 
     max_model_len: int | None = None
@@ -82,6 +83,7 @@ class EngineOptions:
     prefix_caching: bool = True
     chunked_prefill: bool = True
     threads: int | None = None
+    emulated_step_ms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -230,3 +232,8 @@ class DeploymentConfig:
         for name, seconds in above_0.items():
             if not 0 < seconds < inf:
                 raise OperatorError(f"{name}: {seconds}; expected a number of seconds above 0")
+        if not 0 <= self.engine.emulated_step_ms < inf:
+            raise OperatorError(
+                f"emulated-step-ms: {self.engine.emulated_step_ms}; "
+                "expected a finite number of milliseconds, 0 or more (0 emulates nothing)"
+            )

@@ -101,6 +101,8 @@ class Controller:
         """
         if self._loop is None:
             model = await self._open()
+            if self._config.engine.emulated_step_ms:
+                _log.warning("step times are emulated: at least %g ms", self._config.engine.emulated_step_ms)
             nodes = list(self._cluster.nodes.values())
             layout = plan_layout(self._config, model, nodes, self._hands.now_s)
             self._begin(model, layout)
@@ -188,6 +190,7 @@ class Controller:
             operations=operation_statuses(self._state, self._reason, self._begin_s),
             cordoned=tuple(sorted(self._state.cordoned & set(self._cluster.nodes))),
             detail=self._state.failure,
+            emulated_step_ms=config.engine.emulated_step_ms,
         )
 
     async def scale(self, token: str, workers: int, dry_run: bool = False) -> OperationStatus | Preview:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from ..errors import ConcertinaError, InternalError, OperatorError
 from ..workers.engine.scheduler import SchedulerConfig
@@ -14,7 +15,7 @@ from ..workers.model_files import ModelFiles
 from ..workers.owner import OwnerConfig
 from ..workers.pages.holds import PagesHeld
 from ..workers.pages.transfer import CopyPlan
-from ..workers.roles import WorkerConfig
+from ..workers.roles import WorkerConfig, WorkerReport
 from .cluster import Cluster, Member, Pool
 from .config import DeploymentConfig
 from .core.facts import (
@@ -33,10 +34,12 @@ from .core.facts import (
     StopWorker,
 )
 from .core.layout import is_node_pool, node_pool
+from .core.leftovers import heirs_at_switch
 from .core.state import Record, State
 from .planning import MAILBOX_BYTES, max_model_len
 from .starting import started
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _WEIGHTS = ("experts", "trunk")
 _HELD_PAUSE_S = 0.05  # before pages that somebody still maps are tried again
@@ -88,9 +91,11 @@ class Deeds:
             case Prepare():
                 return self._prepare(effect)
             case Commit():
-                return self._worker(effect.worker).handle.commit(effect.generation)
+                member = self._worker(effect.worker)
+                return self._told(member, member.handle.commit(effect.generation, self._heir_of(effect.worker)))
             case Abandon():
-                return self._worker(effect.worker).handle.abandon(effect.generation)
+                member = self._worker(effect.worker)
+                return self._told(member, member.handle.abandon(effect.generation))
             case HandOver():
                 return self._hand_over(effect)
             case StopWorker():
@@ -156,6 +161,7 @@ class Deeds:
             threads=self._threads(effect.node),
             scheduler=scheduler,
             prefix_caching=engine.prefix_caching,
+            emulated_step_ms=engine.emulated_step_ms,
         )
 
         async def answering() -> None:
@@ -170,7 +176,9 @@ class Deeds:
         keys = [r.key for r in effect.requests if r.purpose in _WEIGHTS and r.key not in pool.pages]
         pieces = list(self.model.pieces(keys))
         self.wanted_bytes += sum(p.dest_bytes for p in pieces)
-        await pool.handle.fill(effect.requests, pieces, self._copies(effect.pool, keys))
+        asked_s = self.cluster.hands.now_s()
+        told = await pool.handle.fill(effect.requests, pieces, self._copies(effect.pool, keys), pool.version)
+        pool.hear(told, asked_s, self.cluster.hands.now_s())
 
     def _copies(self, pool: str, keys: Sequence[str]) -> list[CopyPlan]:
         """Each extent from the peer that has it and has least to give so far."""
@@ -189,7 +197,32 @@ class Deeds:
     async def _prepare(self, effect: Prepare) -> None:
         record = self._record()
         assignment = self._assignment(record, record.rank_of(effect.worker))
-        await self._worker(effect.worker).handle.prepare(assignment)
+        member = self._worker(effect.worker)
+        await self._told(member, member.handle.prepare(assignment))
+
+    async def _told(self, member: Member, doing: Awaitable[WorkerReport]) -> None:
+        """A worker says how it is when it has done something: it need not be asked."""
+        asked_s = self.cluster.hands.now_s()
+        member.hear(await doing, asked_s, self.cluster.hands.now_s())
+
+    def _inherits(self, worker: str) -> tuple[KVSource, ...]:
+        """KV of devices that leave, which this worker takes over at the switch."""
+        found = []
+        for device, heir in heirs_at_switch(self.state()).items():
+            pool = self._pool_of_device(device)
+            known = self.cluster.pools.get(pool)
+            if heir == worker and known is not None and kv_key(device) in known.pages:
+                found.append(KVSource(self._extents(pool, (LEDGER_KEY,)), known.source, known.pages[kv_key(device)]))
+        return tuple(found)
+
+    def _heir_of(self, worker: str) -> str:
+        """The device whose worker takes this one's running sequences over at the switch, if it leaves then."""
+        state = self.state()
+        serving = state.serving
+        if serving is None or worker not in serving.workers:
+            return ""
+        heir = heirs_at_switch(state).get(serving.layout.devices[serving.rank_of(worker)])
+        return "" if heir is None else serving.layout.devices[serving.rank_of(heir)]
 
     async def _resize_kv(self, effect: ResizeKV) -> None:
         """Extent, mapping and block count agree afterwards, whatever was left half done before."""
@@ -197,23 +230,27 @@ class Deeds:
         name = self._pool_of_device(worker.report.device)
         pool, key = self._pool(name), kv_key(worker.report.device)
         wanted = effect.blocks * self._serving().layout.memory.kv_block_pages
-        mapped = await worker.handle.kv_pages()
+        mapped, _ = await asyncio.gather(worker.handle.kv_pages(), pool.refresh())
         await self._claim(pool, key, mapped)
-        spare = _without(pool.pages.get(key, ()), mapped)
-        lack = wanted - len(mapped) - len(spare)
+        extent = pool.pages.get(key, ())
+        lack = wanted - len(extent)
         if lack > 0:
-            spare = _without(await pool.handle.extend(key, "kv", lack, len(pool.pages.get(key, ()))), mapped)
+            extent = await pool.handle.extend(key, "kv", lack, len(extent))
+        spare = _without(extent, mapped)
         mapped = await worker.handle.resize_kv(effect.blocks, spare[: max(0, wanted - len(mapped))])
-        await self._unheld(pool.handle.trim(key, mapped))
+        if len(mapped) != len(extent):
+            await self._unheld(pool.handle.trim(key, mapped))
 
     async def _claim(self, pool: Pool, key: str, mapped: Iterable[int]) -> None:
         """Pages that a device maps belong to its extent, also those that it took over from another one."""
-        mine = set(mapped)
-        await pool.refresh()
+        mine, claimed = set(mapped), False
         for other, pages in pool.pages.items():
             taken = [page for page in pages if page in mine]
             if other != key and other.startswith(kv_key("")) and taken:
                 await pool.handle.relabel(other, taken, key)
+                claimed = True
+        if claimed:
+            await pool.refresh()
 
     async def _hand_over(self, effect: HandOver) -> None:
         self.heirs.pop(effect.device, None)  # of an earlier time
@@ -255,15 +292,18 @@ class Deeds:
         self.cluster.forget_worker(effect.worker)
 
     async def _free(self, effect: Free) -> None:
-        await self._unheld(self._pool(effect.pool).handle.free(effect.keys))
+        pool, asked_s = self._pool(effect.pool), self.cluster.hands.now_s()
+        if told := await self._unheld(pool.handle.free(effect.keys, pool.version)):
+            pool.hear(told, asked_s, self.cluster.hands.now_s())
 
-    async def _unheld(self, freeing: Awaitable[object]) -> None:
-        """Pages that somebody still maps stay for now: the core asks again."""
+    async def _unheld(self, freeing: Awaitable[T]) -> T | None:
+        """Pages that somebody still maps stay for now, and this returns None: the core asks again."""
         try:
-            await freeing
+            return await freeing
         except PagesHeld as e:
             _log.debug("%s; trying again", e)
             await asyncio.sleep(_HELD_PAUSE_S)
+            return None
 
     def _assignment(self, record: Record, rank: int) -> Assignment:
         layout = record.layout
@@ -281,7 +321,8 @@ class Deeds:
         node = layout.seats[rank].node
         device = self._extents(layout.device_pool(rank))
         host = self._node_host(node)
-        return Assignment(generation, rank, device, self._extents(node_pool(node)), self._threads(node), host)
+        inherits = self._inherits(record.workers[rank])
+        return Assignment(generation, rank, device, self._extents(node_pool(node)), self._threads(node), host, inherits)
 
     def _extents(self, pool: str, keys: Sequence[str] | None = None) -> PoolExtents:
         known = self._pool(pool)

@@ -89,13 +89,13 @@ def member_list(
     listed, awaited = [], []
     for worker, device in zip(record.workers, record.layout.devices, strict=True):
         member = members.get(worker)
-        if member is None or member.report.failed or member.address is None:
+        if member is None or member.report.failed or member.report.address is None:
             awaited.append(device)
         else:
-            listed.append(WorkerAddress(worker, *member.address, device))
+            listed.append(WorkerAddress(worker, *member.report.address, device))
     for worker, member in members.items():
-        if worker not in record.workers and member.address is not None and member.report.device:
-            listed.append(WorkerAddress(worker, *member.address, member.report.device, draining=True))
+        if worker not in record.workers and member.report.address is not None and member.report.device:
+            listed.append(WorkerAddress(worker, *member.report.address, member.report.device, draining=True))
     handed_over = {effect.device for effect in busy if isinstance(effect, HandOver)}
     left = (_devices_with_kv(cluster) | handed_over) - {address.device for address in listed} - _devices(state)
     heirs = {device: heir for device, heir in heirs.items() if device not in record.layout.devices}

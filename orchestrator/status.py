@@ -80,6 +80,7 @@ class DeploymentStatus:
     """One consistent picture of a deployment.
 
     ``operations`` are the latest ones, oldest first; ``cordoned`` are nodes that were drained and get no workers.
+    ``emulated_step_ms`` above 0 says that step times are emulated, and how long every step takes at least.
     """
 
     name: str
@@ -98,6 +99,7 @@ class DeploymentStatus:
     operations: tuple[OperationStatus, ...] = ()
     cordoned: tuple[str, ...] = ()
     detail: str = field(default="")
+    emulated_step_ms: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

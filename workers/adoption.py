@@ -1,24 +1,32 @@
-"""Taking over the KV of a device whose worker has left: its blocks become cached prefixes of this engine."""
+"""Taking over the KV of a device whose worker leaves: its blocks become cached prefixes of this engine."""
 
 from __future__ import annotations
 
+import logging
 import mmap
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-from ..errors import InternalError
+from ..errors import ConcertinaError, InternalError
 from .device_kv import DeviceKV
+from .engine.engine import Engine
 from .generation import LEDGER_KEY, KVSource
 from .kv.ledger import BlockRecord, Ledger, record_bytes
 from .pages.transfer import PageReader, open_pages
-from .service import Service
+
+_log = logging.getLogger(__name__)
 
 # Blocks on their way at a time: these are nobody's meanwhile, and running sequences may need blocks.
 _BATCH_BLOCKS = 16
+_AHEAD_BATCH_BLOCKS = 64  # more, because every batch costs two boundaries, and a switch waits for these
+_REST_BLOCKS = 64  # so many may be copied at the boundary itself, while nobody makes a step
 
 _Known = tuple[tuple[int, ...], BlockRecord]
+_Content = tuple[bytes, tuple[int, ...]]
 
 
-def adopt(service: Service, kv: DeviceKV, source: KVSource, blocks: int) -> None:
+def adopt(engine: Engine, kv: DeviceKV, source: KVSource, blocks: int) -> None:
     """Take over what the ledger says of ``source``, then give up what is free or cached until ``blocks`` are left.
 
     Pages of the same pool are mapped. Others are copied, in this thread, into blocks that nobody uses, as many
@@ -30,43 +38,169 @@ def adopt(service: Service, kv: DeviceKV, source: KVSource, blocks: int) -> None
         The source cannot be read; what had been copied until then stays.
     """
     if kv.shares_pool(source.pool.address):
-        service.call(lambda: _map(service, kv, source.pages, blocks))
+        engine.call(lambda: _map(engine, kv, kv.unmapped(source.pages), blocks))
     else:
-        _copy(service, kv, source)
-        service.call(lambda: kv.unmap(service.engine.adopt([], blocks)))
+        with _open(kv, source) as reader:
+            _copy(engine, kv, source, reader)
+        engine.call(lambda: kv.unmap(engine.adopt([], blocks)))
 
 
-def _map(service: Service, kv: DeviceKV, pages: Sequence[int], blocks: int) -> None:
-    read = ((group, kv.ledger.read(group[0])) for group in kv.unmapped(pages))
+class Inheritance:
+    """KV of devices that leave as a generation comes, for the worker that their sequences go on with.
+
+    What sequences have at that boundary is taken then, so that they may be resubmitted here at once: pages of the same
+    pool are mapped, others copied; full blocks ahead, while all goes on, and the rest at the boundary. What no sequence
+    has is left to `adopt`. Nothing of this is needed: what is not taken is computed again.
+
+    Parameters
+    ----------
+    kv : DeviceKV
+    sources : sequence of KVSource
+    abandoned : callable
+        Whether the generation will not come; ends copying.
+    """
+
+    def __init__(self, kv: DeviceKV, sources: Sequence[KVSource], abandoned: Callable[[], bool]) -> None:
+        self._kv, self._abandoned = kv, abandoned
+        self._near = [kv.grouped(source.pages) for source in sources if kv.shares_pool(source.pool.address)]
+        self._far = [source for source in sources if not kv.shares_pool(source.pool.address)]
+        self._readers: list[tuple[KVSource, PageReader]] = []
+        self._found: dict[_Content, int] = {}  # where full blocks lie in this device's pool; they may have gone since
+
+    @contextmanager
+    def copying_ahead(self, engine: Engine) -> Iterator[None]:
+        """Copy full blocks of running sequences meanwhile, in a thread. After an error nothing is taken."""
+        thread = threading.Thread(target=self._copy_ahead, args=(engine,), name="copy-ahead", daemon=True)
+        if self._far:
+            thread.start()
+        try:
+            yield
+        except BaseException:
+            self._far.clear()
+            raise
+        finally:
+            if thread.ident is not None:
+                thread.join()
+            if not self._far:
+                self.close()
+
+    def catch_up(self, engine: Engine) -> None:
+        """Copy full blocks once more, in this thread, if many have been written since: the switch is near."""
+        self._copy_full(engine, _REST_BLOCKS)
+
+    def take(self, engine: Engine) -> None:
+        """At the boundary, in the engine's thread: all that running sequences have and that is not here yet."""
+        kv = self._kv
+        try:
+            for groups in self._near:
+                _map(engine, kv, [group for group in groups if kv.ledger.used(group[0])], kv.positions)
+            for source, reader in self._readers:
+                rest = self._missing(source, reader)
+                blocks = engine.reserve(len(rest))
+                _fill(engine, kv, reader, blocks, rest[len(rest) - len(blocks) :])
+        except (ConcertinaError, OSError) as e:
+            _log.warning("KV of a device that left is not taken over at the switch: %s", e)
+        self.close()
+
+    def close(self) -> None:
+        readers, self._readers = self._readers, []
+        for _, reader in readers:
+            reader.close()
+
+    def _copy_ahead(self, engine: Engine) -> None:
+        kv = self._kv
+        for page, *_ in kv.grouped(kv.pages):
+            record = kv.ledger.read(page)
+            if record is not None and len(record.tokens) == kv.block_tokens:
+                self._found[_content(record)] = page
+        try:
+            for source in self._far:
+                self._readers.append((source, _open(kv, source)))
+        except ConcertinaError as e:
+            _log.warning("KV of a device that leaves cannot be copied ahead: %s", e)
+        self._copy_full(engine, 0)
+
+    def _copy_full(self, engine: Engine, tolerated: int) -> None:
+        try:
+            for source, reader in self._readers:
+                self._copy_full_of(engine, source, reader, tolerated)
+        except (ConcertinaError, OSError) as e:
+            _log.warning("KV of a device that leaves is not copied ahead: %s", e)
+
+    def _copy_full_of(self, engine: Engine, source: KVSource, reader: PageReader, tolerated: int) -> None:
+        kv = self._kv
+        full = [known for known in self._missing(source, reader) if len(known[1].tokens) == kv.block_tokens]
+        while len(full) > tolerated and not self._abandoned():
+            blocks = engine.reserve(min(len(full), _AHEAD_BATCH_BLOCKS))
+            if not blocks:
+                return
+            batch, full = (
+                full[-len(blocks) :],
+                full[: -len(blocks)],
+            )  # beginnings first: ends need them
+            pages = [kv.page_of(block) for block in blocks]
+            _fill(engine, kv, reader, blocks, batch, lambda: _read_records(kv, source, reader, running=True))
+            self._found.update((_content(known[1]), page) for known, page in zip(batch, pages, strict=True))
+
+    def _missing(self, source: KVSource, reader: PageReader) -> list[_Known]:
+        """Blocks of running sequences that are not here, the ends of sequences first."""
+        running = _read_records(self._kv, source, reader, running=True)
+        return sorted((k for k in running if not self._is_here(k[1])), key=lambda known: known[1].eviction_rank)
+
+    def _is_here(self, record: BlockRecord) -> bool:
+        page = self._found.get(_content(record))
+        found = None if page is None else self._kv.ledger.read(page)
+        return found is not None and _content(found) == _content(record)
+
+
+def _map(engine: Engine, kv: DeviceKV, groups: Sequence[tuple[int, ...]], blocks: int) -> None:
+    read = ((group, kv.ledger.read(group[0])) for group in groups)
     known = [(group, record) for group, record in read if record is not None]
     mapped = kv.map([page for group, _ in known for page in group])
     records = [record for _, record in known]
-    kv.unmap(service.engine.adopt(list(zip(mapped, records, strict=True)), blocks))
+    kv.unmap(engine.adopt(list(zip(mapped, records, strict=True)), blocks))
 
 
-def _copy(service: Service, kv: DeviceKV, source: KVSource) -> None:
-    with open_pages(source.source) as reader:
-        if reader.geometry.page_bytes != kv.pool.geometry.page_bytes:
-            raise InternalError(f"KV of {kv.device}: pool {reader.geometry.name!r} has pages of another size")
-        missing = _missing(kv, _read_records(kv, source, reader))
-        load = service.engine.load
-        missing = missing[max(0, len(missing) - (load.kv_blocks - load.kv_blocks_used)) :]
-        while missing:
-            blocks = service.engine.reserve(min(len(missing), _BATCH_BLOCKS))
-            if not blocks:
-                return
-            batch, missing = missing[: len(blocks)], missing[len(blocks) :]
-            _fill(service, kv, reader, blocks, batch)
+def _open(kv: DeviceKV, source: KVSource) -> PageReader:
+    reader = open_pages(source.source)
+    if reader.geometry.page_bytes != kv.pool.geometry.page_bytes:
+        reader.close()
+        raise InternalError(f"KV of {kv.device}: pool {reader.geometry.name!r} has pages of another size")
+    return reader
 
 
-def _fill(service: Service, kv: DeviceKV, reader: PageReader, blocks: Sequence[int], batch: Sequence[_Known]) -> None:
-    """Copy a batch into reserved blocks, and have the engine index them."""
+def _copy(engine: Engine, kv: DeviceKV, source: KVSource, reader: PageReader) -> None:
+    missing = _missing(kv, _read_records(kv, source, reader))
+    load = engine.load
+    missing = missing[max(0, len(missing) - (load.kv_blocks - load.kv_blocks_used)) :]
+    while missing:
+        blocks = engine.reserve(min(len(missing), _BATCH_BLOCKS))
+        if not blocks:
+            return
+        batch, missing = missing[: len(blocks)], missing[len(blocks) :]
+        _fill(engine, kv, reader, blocks, batch)
+
+
+def _fill(
+    engine: Engine,
+    kv: DeviceKV,
+    reader: PageReader,
+    blocks: Sequence[int],
+    batch: Sequence[_Known],
+    read_again: Callable[[], Sequence[_Known]] | None = None,
+) -> None:
+    """Copy a batch into reserved blocks, and have the engine index them.
+
+    ``read_again``: they are written meanwhile; what the ledger says otherwise afterwards is not taken.
+    """
     records: list[BlockRecord | None] = [None] * len(blocks)
     try:
-        reader.read_into([page for pages, _ in batch for page in pages], [kv.memory(block) for block in blocks])
-        records = [record for _, record in batch]
+        if batch:
+            reader.read_into([page for pages, _ in batch for page in pages], [kv.memory(block) for block in blocks])
+        still = None if read_again is None else {pages: _content(record) for pages, record in read_again()}
+        records = [r if still is None or still.get(pages) == _content(r) else None for pages, r in batch]
     finally:
-        service.engine.adopt(list(zip(blocks, records, strict=True)), kv.positions)
+        engine.adopt(list(zip(blocks, records, strict=True)), kv.positions)
 
 
 def _missing(kv: DeviceKV, theirs: Sequence[_Known]) -> list[_Known]:
@@ -75,13 +209,17 @@ def _missing(kv: DeviceKV, theirs: Sequence[_Known]) -> list[_Known]:
     A running sequence keeps its half-filled block to itself, so that another one's is wanted even if it is the same.
     """
     ours = (kv.ledger.read(group[0]) for group in kv.grouped(kv.pages))
-    found = {(r.prefix, r.tokens) for r in ours if r is not None and not (r.used and len(r.tokens) < kv.block_tokens)}
-    missing = [known for known in theirs if (known[1].prefix, known[1].tokens) not in found]
+    found = {_content(r) for r in ours if r is not None and not (r.used and len(r.tokens) < kv.block_tokens)}
+    missing = [known for known in theirs if _content(known[1]) not in found]
     return sorted(missing, key=lambda known: known[1].eviction_rank)
 
 
-def _read_records(kv: DeviceKV, source: KVSource, reader: PageReader) -> list[_Known]:
-    """Blocks of the source, by their pages, of which its ledger knows anything."""
+def _content(record: BlockRecord) -> _Content:
+    return record.prefix, record.tokens
+
+
+def _read_records(kv: DeviceKV, source: KVSource, reader: PageReader, *, running: bool = False) -> list[_Known]:
+    """Blocks of the source, by their pages, that its ledger knows; with ``running`` those that sequences have."""
     size, stride = reader.geometry.page_bytes, record_bytes(kv.block_tokens)
     groups = kv.grouped(source.pages)
     ledger_pages = source.pool.pages.get(LEDGER_KEY, ())
@@ -91,5 +229,5 @@ def _read_records(kv: DeviceKV, source: KVSource, reader: PageReader) -> list[_K
     memory = memoryview(mmap.mmap(-1, len(ledger_pages) * size))  # only what is read takes memory
     reader.read_into([ledger_pages[i] for i in wanted], [memory[i * size : (i + 1) * size] for i in wanted])
     ledger = Ledger(memory, stride, kv.block_tokens)
-    found = [(group, ledger.read(group[0])) for group in groups]
+    found = [(g, ledger.read(g[0])) for g in groups if not running or ledger.used(g[0])]
     return [(group, record) for group, record in found if record is not None]

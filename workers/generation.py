@@ -59,6 +59,25 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
+class KVSource:
+    """Another device's KV, for who takes it over.
+
+    Parameters
+    ----------
+    pool : PoolExtents
+        Its pool, with the ledger's pages.
+    source : PageSource
+        Where the pool's pages can be read by who cannot map them.
+    pages : tuple of int
+        The device's KV extent.
+    """
+
+    pool: PoolExtents
+    source: PageSource
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Assignment:
     """A worker's role in a generation: its rank, and the pages of its device and of its node that it maps.
 
@@ -74,6 +93,8 @@ class Assignment:
         Compute threads from the commit of this generation on; 0 leaves them as they are.
     host : str
         This worker's address, at which members on other nodes reach it; empty: any.
+    inherits : tuple of KVSource
+        KV of devices that have no part in this generation any more, whose sequences go on here.
     """
 
     generation: Generation
@@ -82,29 +103,11 @@ class Assignment:
     node: PoolExtents
     threads: int = 0
     host: str = ""
+    inherits: tuple[KVSource, ...] = ()
 
     @property
     def device_name(self) -> str:
         return self.generation.placement.devices[self.rank]
-
-
-@dataclass(frozen=True, slots=True)
-class KVSource:
-    """Another device's KV, for `adopt_kv`.
-
-    Parameters
-    ----------
-    pool : PoolExtents
-        Its pool, with the ledger's pages.
-    source : PageSource
-        Where the pool's pages can be read by who cannot map them.
-    pages : tuple of int
-        The device's KV extent.
-    """
-
-    pool: PoolExtents
-    source: PageSource
-    pages: tuple[int, ...]
 
 
 def expert_key(layer: int, expert: int) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import InternalError
 from ..kernels.moe import select_moe_kernel
+from .adoption import Inheritance
 from .batch_split import BatchSplit
 from .device_kv import DeviceKV
 from .exchange.base import Exchange
@@ -37,7 +38,7 @@ class Part:
     """What one worker runs of a generation. Its weights stay mapped as long as this object or its decoder lives.
 
     ``kv`` is the worker's, not the generation's: it was there before and stays. ``pools`` are by the names that the
-    assignment has for them.
+    assignment has for them. ``inheritance`` is what it takes over as the generation comes, if it serves then.
     """
 
     assignment: Assignment
@@ -46,6 +47,7 @@ class Part:
     exchange: Exchange
     experts: ParallelExperts
     pools: Mapping[str, MemfdPool]
+    inheritance: Inheritance | None = None
 
     @property
     def generation(self) -> int:
@@ -54,6 +56,8 @@ class Part:
     def close(self) -> None:
         """Leave the exchange; pages are let go with the last view of them."""
         self.exchange.close()
+        if self.inheritance is not None:
+            self.inheritance.close()
 
 
 KVOf = Callable[[Assignment, MemfdPool], DeviceKV]

@@ -24,6 +24,8 @@ class WorkerConfig:
         Compute threads.
     scheduler : SchedulerConfig
     prefix_caching : bool
+    emulated_step_ms : float
+        Least time of a forward pass, in milliseconds, as `EngineConfig` has it.
     """
 
     name: str
@@ -32,6 +34,7 @@ class WorkerConfig:
     threads: int
     scheduler: SchedulerConfig
     prefix_caching: bool = True
+    emulated_step_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,10 @@ class WorkerReport:
         KV blocks that it maps.
     last_step_s : float
         When its last step ended, on the node's monotonic clock; 0 before the first.
+    serial : int
+        Higher in a later report of the same process.
+    address : (str, int) or None
+        Where the ingress connects; None without an engine.
     """
 
     name: str
@@ -77,6 +84,8 @@ class WorkerReport:
     device: str = ""
     kv_blocks: int = 0
     last_step_s: float = 0.0
+    serial: int = 0
+    address: tuple[str, int] | None = None
 
     @property
     def situation(self) -> tuple[frozenset[int], int, str, int, str]:

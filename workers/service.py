@@ -81,9 +81,14 @@ class Service:
         self._threads = config.threads
         self._left: Part | None = None
         self._offered = 0
+        self._heir = ""  # the device that running sequences go on at, if it takes them over as this one leaves
         model = first.assignment.generation.model
         engine_config = EngineConfig(
-            config.scheduler, model.vocab_size, model.eos_ids, prefix_caching=config.prefix_caching
+            config.scheduler,
+            model.vocab_size,
+            model.eos_ids,
+            prefix_caching=config.prefix_caching,
+            emulated_step_ms=config.emulated_step_ms,
         )
         self.engine = Engine(first.decoder, first.kv, first.exchange, engine_config)
         self.engine.generation = first.generation
@@ -96,7 +101,7 @@ class Service:
         """The generation that runs, or ran last; 0 for none: it retired."""
         return 0 if isinstance(self.state, Retired) else self.part.generation
 
-    def commit(self, generation: int) -> None:
+    def commit(self, generation: int, heir: str) -> None:
         """Go to a prepared generation, or retire if it was not prepared; see `Worker.commit`.
 
         Raises
@@ -111,7 +116,7 @@ class Service:
         if generation <= self.part.generation or state == Retired(generation):
             return
         if isinstance(state, Running):
-            self._offer(generation, part)
+            self._offer(generation, part, heir)
         elif part is not None:
             self._recover(part)
         elif isinstance(state, Parked):
@@ -153,22 +158,22 @@ class Service:
         self._join()
         self._close()
 
-    def call(self, fn: Callable[[], T]) -> T:
-        """What ``fn`` returns, called between two steps.
-
-        Raises
-        ------
-        InternalError
-            The engine has failed.
-        """
+    def check(self) -> None:
+        """Raise InternalError if the engine has failed."""
         if isinstance(self.state, Failed):
             raise InternalError(f"worker {self._config.name}: {self.state.reason}")
+
+    def call(self, fn: Callable[[], T]) -> T:
+        """What ``fn`` returns, called between two steps; raises as `check` does."""
+        self.check()
         return self.engine.call(fn)
 
-    def _offer(self, generation: int, part: Part | None) -> None:
+    def _offer(self, generation: int, part: Part | None, heir: str) -> None:
         if generation == self._offered:
             return
-        before, self._offered = self._offered, generation
+        if part is not None and part.inheritance is not None:
+            part.inheritance.catch_up(self.engine)
+        before, self._offered, self._heir = self._offered, generation, heir
         self.engine.withdraw(before)  # an offer that led nowhere gives way to a newer one
         try:
             self.engine.offer(Retire(generation) if part is None else Swap(generation, part.decoder, part.exchange))
@@ -202,6 +207,8 @@ class Service:
             _log.exception("worker %s: its engine failed", self._config.name)
             self._end(Failed(f"{type(e).__name__}: {e}"))
         else:
+            if end == "retired" and self._heir:
+                self.frontend.emit(self.engine.hand_over(self._heir, running=True))
             self._end(Retired(self._offered) if end == "retired" else Parked("a member stopped the generation"))
 
     def _end(self, state: Parked | Retired | Failed) -> None:
@@ -232,6 +239,8 @@ class Service:
                 self._offered = 0
                 self._changed.notify_all()
             self._set_threads()
+            if self.part.inheritance is not None:
+                self.part.inheritance.take(self.engine)
 
     def _close(self) -> None:
         self.frontend.close()

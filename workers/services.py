@@ -70,9 +70,16 @@ class OwnerService:
         """Where peers read this pool's pages."""
         return self._owner.source()
 
-    def fill(self, requests: Sequence[ExtentRequest], pieces: Sequence[Piece], copies: Sequence[CopyPlan] = ()) -> None:
-        """See `Filler.fill`."""
+    def fill(
+        self,
+        requests: Sequence[ExtentRequest],
+        pieces: Sequence[Piece],
+        copies: Sequence[CopyPlan] = (),
+        seen: int = -1,
+    ) -> OwnerReport:
+        """See `Filler.fill`; returns what there is then, as `report` does."""
         self._filler.fill(requests, pieces, copies)
+        return self.report(seen)
 
     def report(self, seen: int = -1) -> OwnerReport:
         """What is there now; without the pages if the asker knows this version of them already."""
@@ -117,12 +124,16 @@ class OwnerService:
             if moving:
                 self._owner.move_pages(key, moving, to_key, self._owner.extent(key).purpose)
 
-    def free(self, keys: Sequence[str]) -> None:
-        """Give extents back; raises `PagesHeld`, and gives none back, while somebody maps one of them."""
+    def free(self, keys: Sequence[str], seen: int = -1) -> OwnerReport:
+        """Give extents back; raises `PagesHeld`, and gives none back, while somebody maps one of them.
+
+        Returns what there is then, as `report` does.
+        """
         with self._lock:
             known = [key for key in dict.fromkeys(keys) if self._pages_of(key)]
             if known:
                 self._owner.free(*known)
+        return self.report(seen)
 
     def _pages_of(self, key: str) -> tuple[int, ...]:
         found = [extent for extent in self._owner.extents(key) if extent.key == key]
@@ -172,16 +183,19 @@ class WorkerService:
 
         self._worker = Worker(config)
 
-    def prepare(self, assignment: Assignment) -> None:
+    def prepare(self, assignment: Assignment) -> WorkerReport:
         self._worker.prepare(assignment)
+        return self._worker.report()
 
-    def abandon(self, generation: int) -> None:
+    def abandon(self, generation: int) -> WorkerReport:
         self._worker.abandon(generation)
+        return self._worker.report()
 
-    def commit(self, generation: int) -> None:
+    def commit(self, generation: int, heir: str = "") -> WorkerReport:
         """Waits for the boundary, too, so that nobody needs to ask again and again; but it may never come."""
-        self._worker.commit(generation)
+        self._worker.commit(generation, heir)
         self._worker.wait_for_boundary(generation, _BOUNDARY_S)
+        return self._worker.report()
 
     def kv_pages(self) -> tuple[int, ...]:
         return self._worker.kv_pages()
@@ -197,9 +211,6 @@ class WorkerService:
 
     def lend(self, pool: str) -> str:
         return self._worker.lend(pool)
-
-    def address(self) -> tuple[str, int]:
-        return self._worker.address()
 
     def report(self) -> WorkerReport:
         return self._worker.report()

@@ -6,6 +6,7 @@ generation to generation, and through the loss of peers, until it has retired an
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import threading
@@ -15,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from ..errors import InternalError
-from .adoption import adopt
+from .adoption import Inheritance, adopt
 from .background import in_background
 from .device_kv import DeviceKV
 from .generation import Assignment, KVSource
@@ -51,6 +52,7 @@ class Worker:
         self._service: Service | None = None
         self._lent: dict[str, PoolServer] = {}
         self._stopped = False
+        self._serials = itertools.count(1)
 
     def prepare(self, assignment: Assignment) -> None:
         """Map a generation's pages and join its exchange; returns when all members have joined.
@@ -95,11 +97,18 @@ class Worker:
             del part
         self._let_go_if_idle()
 
-    def commit(self, generation: int) -> None:
+    def commit(self, generation: int, heir: str = "") -> None:
         """Go to a prepared generation at the next boundary at which all members do, or at once while parked.
 
         Without an engine this starts one. A generation that was not prepared here is one that this worker has no part
         in: it retires, with its sequences, at that boundary, or at once while parked. Does not wait for the boundary.
+
+        Parameters
+        ----------
+        generation : int
+        heir : str
+            The device whose worker takes a leaver's running sequences over at that boundary (`Assignment.inherits`):
+            their clients are told then to go on there. Empty: all wait for `release`.
 
         Raises
         ------
@@ -110,7 +119,7 @@ class Worker:
             if generation in self._abandoned:
                 raise InternalError(f"worker {self.config.name}: generation {generation} was abandoned")
             if self._service is not None:
-                self._service.commit(generation)
+                self._service.commit(generation, heir)
                 return
             with self._changed:
                 part = self._parts.get(generation)
@@ -175,8 +184,9 @@ class Worker:
             There is no engine, or the source cannot be read.
         """
         service, kv = self._serving()
+        service.check()
         with self._adopting:
-            adopt(service, kv, source, blocks)
+            adopt(service.engine, kv, source, blocks)
         return kv.pages
 
     def release(self, moved_to: str) -> None:
@@ -216,29 +226,19 @@ class Worker:
                 self._lent[pool] = PoolServer(found, token, f"@concertina/lent/{secrets.token_hex(8)}")
             return self._lent[pool].address
 
-    def address(self) -> tuple[str, int]:
-        """Where the ingress connects.
-
-        Raises
-        ------
-        InternalError
-            There is no engine.
-        """
-        service, _ = self._serving()
-        return self.config.host, service.frontend.port
-
     def report(self) -> WorkerReport:
         """State and counters now."""
         with self._changed:
-            report, service = self._report(), self._service
+            report, service = replace(self._report(), serial=next(self._serials)), self._service
         kv = self._kv
         if kv is not None:
             report = replace(report, device=kv.device, kv_blocks=kv.mapped)
         if service is None:
             return report
-        engine = service.engine
+        engine, address = service.engine, (self.config.host, service.frontend.port)
         counts = tuple(map(tuple, service.part.experts.counts_LE.tolist()))
-        return replace(report, load=engine.load, stats=engine.stats, counts_LE=counts, last_step_s=engine.last_step_s)
+        report = replace(report, load=engine.load, stats=engine.stats, counts_LE=counts, address=address)
+        return replace(report, last_step_s=engine.last_step_s)
 
     def step_ends_s(self, since_s: float) -> list[float]:
         """When the engine's steps since a moment of the node's monotonic clock ended; a bounded number of them."""
@@ -288,14 +288,19 @@ class Worker:
 
     def _join(self, assignment: Assignment) -> Part:
         """In the background if nothing runs here, so that those who serve on the same cores do not feel it."""
-        generation = assignment.generation.id
+        service, kv = self._service, self._kv
 
-        serves = self._service is not None
+        def abandoned() -> bool:
+            return assignment.generation.id in self._abandoned
 
         def joining() -> Part:
-            return join(assignment, self._kv_for, lambda: generation in self._abandoned, cold=not serves)
+            return join(assignment, self._kv_for, abandoned, cold=service is None)
 
-        return joining() if serves else in_background(joining)
+        if service is None or kv is None:
+            return in_background(joining)
+        inheritance = Inheritance(kv, assignment.inherits, abandoned)
+        with inheritance.copying_ahead(service.engine):
+            return replace(joining(), inheritance=inheritance)
 
     def _passed(self, generation: int) -> bool:
         """Whether this worker has come to that generation, or beyond."""

@@ -12,6 +12,8 @@ from ...errors import OperatorError
 from ..config import DeploymentConfig, EndpointOptions, EngineOptions, parse_bytes
 from ..tokens import VARIABLE
 
+_log = logging.getLogger(__name__)
+
 
 class SizeType(click.ParamType[int]):
     """A size in bytes with an optional unit."""
@@ -144,6 +146,13 @@ _engine_options = _Group(
         click.option("--prefix-caching/--no-prefix-caching", default=True, show_default=True),
         click.option("--chunked-prefill/--no-chunked-prefill", default=True, show_default=True),
         click.option("--threads", type=_count, help="Compute threads per worker.  [default: cores / workers]"),
+        click.option(
+            "--emulated-step-ms",
+            type=float,
+            default=0.0,
+            show_default=True,
+            help="Least milliseconds of a step, slept as if an accelerator computed; 0 emulates nothing.",
+        ),
     )
 )
 
@@ -183,6 +192,7 @@ def _config(checkpoint: str, o: dict[str, Any]) -> DeploymentConfig:
         prefix_caching=o["prefix_caching"],
         chunked_prefill=o["chunked_prefill"],
         threads=o["threads"],
+        emulated_step_ms=o["emulated_step_ms"],
     )
     endpoint = EndpointOptions(
         o["host"], o["port"], o["ingress_replicas"], o["served_model_name"], tuple(o["api_keys"])
@@ -228,4 +238,10 @@ def command(checkpoint: str, address: str | None, verbose: bool, **options: Any)
     )
     from ..serving import serve_until_stopped
 
-    serve_until_stopped(_config(checkpoint, options), address, verbose)
+    config = _config(checkpoint, options)
+    if config.engine.emulated_step_ms:
+        _log.warning(
+            "--emulated-step-ms %g: step times and throughput are emulated and say nothing of this machine",
+            config.engine.emulated_step_ms,
+        )
+    serve_until_stopped(config, address, verbose)

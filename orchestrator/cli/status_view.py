@@ -34,6 +34,8 @@ class StatusView:
         )
         if status.standbys:
             head.append(f"  standbys {status.standbys}")
+        if status.emulated_step_ms:
+            head.append(f"\nstep times are emulated: at least {status.emulated_step_ms:g} ms", style="yellow")
         if status.cordoned:
             head.append(f"\ndrained nodes, which get no workers: {', '.join(node[:8] for node in status.cordoned)}")
         if status.detail:

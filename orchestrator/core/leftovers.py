@@ -71,15 +71,27 @@ def _hand_overs(state: State, snapshot: Snapshot) -> Iterator[Effect]:
             continue  # it has not left yet, or what is left of it is on its way
         if not pool and unseen:
             continue
-        yield HandOver(device, pool, _heir(state.serving, device, pool, snapshot))
+        yield HandOver(device, pool, _heir(state.serving, device, snapshot.pools[pool].node if pool else ""))
 
 
-def _heir(serving: Record, device: str, pool: str, snapshot: Snapshot) -> str:
+def _heir(serving: Record, device: str, node: str) -> str:
     """A worker of the same node if there is one. Several devices are shared out, the same way whenever it is asked."""
-    node = snapshot.pools[pool].node if pool else ""
     near = [w for seat, w in zip(serving.layout.seats, serving.workers, strict=True) if seat.node == node]
     candidates = near or serving.workers
     return candidates[sum(device.encode()) % len(candidates)]
+
+
+def heirs_at_switch(state: State) -> dict[str, str]:
+    """Workers that take the KV of running sequences over as the coming generation comes, by the device that leaves.
+
+    They serve already, so that clients know the way; and nobody parks, so that there is a common boundary.
+    """
+    serving, pending = state.serving, state.pending
+    if serving is None or pending is None or pending.recovery:
+        return {}
+    leaving = [seat for seat in serving.layout.seats if seat.device not in pending.record.layout.devices]
+    heirs = {seat.device: _heir(pending.record, seat.device, seat.node) for seat in leaving}
+    return {device: worker for device, worker in heirs.items() if worker in serving.workers}
 
 
 def unneeded(snapshot: Snapshot, *records: Record) -> Iterator[Free]:

@@ -66,6 +66,17 @@ def hand_over(world: World, effect: HandOver) -> Deed:
         world.free(effect.pool, [key])
 
 
+def take_over(world: World, heir: Worker, device: str) -> None:
+    """As its device leaves: the heir maps what running sequences have, if it is in the same pool."""
+    kv, key = heir.kv, kv_key(device)
+    if kv is not None and key in kv.pool.extents:
+        others = [w for w in world.workers.values() if w is not heir and w.kv is not None and key in w.kv.foreign]
+        must(not others, f"C12: {heir.name} takes over {key} at the switch, which {others} did already")
+        taken = world.order.randint(0, kv.pool.extents[key] // kv.block_pages) * kv.block_pages
+        if taken:
+            kv.foreign[key] = taken
+
+
 def _inherit(world: World, heir: Worker, pool: Pool, key: str) -> Deed:
     """Adopting in the same pool: pages of the leaver are mapped instead of some of its own, and a few more."""
     yield CALLED

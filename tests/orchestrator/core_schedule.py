@@ -12,6 +12,7 @@ from math import inf
 from concertina.errors import OperatorError
 from concertina.orchestrator.core.facts import Commit, Effect, Free, Prepare, Snapshot
 from concertina.orchestrator.core.layout import Layout, MemoryMode
+from concertina.orchestrator.core.leftovers import heirs_at_switch
 from concertina.orchestrator.core.operations import cancel, request
 from concertina.orchestrator.core.state import Stage, State
 from concertina.orchestrator.core.step import step
@@ -98,6 +99,7 @@ class Schedule:
         self.world.formed = pending is not None and pending.stage in (Stage.PREPARE, Stage.COMMIT)
         if pending is not None:
             self.world.records[pending.record.id] = pending.record
+            self.world.heirs[pending.record.id] = heirs_at_switch(self.state)
         self.note(f"turn: {decision.reason}" + "".join(f"\n      {effect}" for effect in decision.effects))
         for effect in decision.effects:
             self._check_asked(effect, snapshot)

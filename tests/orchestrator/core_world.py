@@ -8,7 +8,7 @@ take milliseconds, and a successor needs seconds to start.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -29,6 +29,7 @@ from concertina.orchestrator.core.state import Record
 
 from .core_calls import BETWEEN, Deed
 from .core_deeds import deed
+from .core_kv import take_over
 from .core_processes import Pool, Trouble, Worker, must
 
 HANG_S = 8.0
@@ -65,6 +66,7 @@ class World:
     errors: dict[Effect, Fault] = field(default_factory=dict)
     orphans: list[Deed] = field(default_factory=list)
     records: dict[int, Record] = field(default_factory=dict)
+    heirs: dict[int, Mapping[str, str]] = field(default_factory=dict)
     ever_prepared: dict[int, set[str]] = field(default_factory=dict)
     wanted: tuple[Record | None, Record | None] = (None, None)  # that serves, that is coming
     formed: bool = False  # the coming generation is past filling
@@ -288,6 +290,8 @@ class World:
                 worker.parked = "a peer was lost"
             elif offer in worker.prepared:
                 self.switch(worker, offer)
+                for device in (d for d, heir in self.heirs.get(offer, {}).items() if heir == worker.name):
+                    take_over(self, worker, device)
             else:
                 worker.go(offer)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 from concertina.errors import InternalError, OperatorError
 from concertina.orchestrator.hands import Existing, NodeInfo
@@ -51,13 +52,14 @@ class FakeOwner:
         return f"@{self.config_.name}"
 
     async def fill(
-        self, requests: Sequence[ExtentRequest], pieces: Sequence[Piece], copies: Sequence[CopyPlan]
-    ) -> None:
+        self, requests: Sequence[ExtentRequest], pieces: Sequence[Piece], copies: Sequence[CopyPlan], seen: int = -1
+    ) -> OwnerReport:
         await self.faults.met("fill")
         for r in requests:
             if r.key not in self.extents:
                 self._take(r.key, r.pages)
         self.loaded += sum(p.source.nbytes for p in pieces)
+        return await self.report(seen)
 
     def _take(self, key: str, pages: int) -> None:
         self._alive()
@@ -99,9 +101,10 @@ class FakeOwner:
             self._alive()
             await asyncio.sleep(0.01)
 
-    async def free(self, keys: Sequence[str]) -> None:
+    async def free(self, keys: Sequence[str], seen: int = -1) -> OwnerReport:
         for key in keys:
             self.extents.pop(key, None)
+        return await self.report(seen)
 
     async def report(self, seen: int = -1) -> OwnerReport:
         while self.hangs and not self.dead:
@@ -129,6 +132,8 @@ class FakeWorker:
     parked: str = ""
     device: str = ""
     kv: tuple[int, ...] = ()
+    left_to: str = ""
+    serials: Iterator[int] = field(default_factory=lambda: count(1))
     released_to: str | None = None
     dead: bool = False
     hangs: bool = False
@@ -140,29 +145,32 @@ class FakeWorker:
         if self.dead:
             raise InternalError(f"{self.config.name}: its process ended")
 
-    async def prepare(self, assignment: Assignment) -> None:
+    async def prepare(self, assignment: Assignment) -> WorkerReport:
         await self._alive()
         await self.faults.met("prepare")
         self.prepared[assignment.generation.id] = assignment
         self.ready.add(assignment.generation.id)
+        return await self.report()
 
-    async def abandon(self, generation: int) -> None:
+    async def abandon(self, generation: int) -> WorkerReport:
         await self._alive()
         self.ready.discard(generation)
+        return await self.report()
 
-    async def commit(self, generation: int) -> None:
+    async def commit(self, generation: int, heir: str = "") -> WorkerReport:
         await self._alive()
         await self.faults.met("commit")
         self.parked = ""
         if generation not in self.ready:
-            self.serving, self.retired = 0, generation
-            return
+            self.serving, self.retired, self.left_to = 0, generation, heir
+            return await self.report()
         self.ready.discard(generation)
         self.serving = generation
         if not self.device:
             assignment = self.prepared[generation]
             self.device = assignment.generation.placement.devices[assignment.rank]
             self.kv = assignment.device.pages[kv_key(self.device)]
+        return await self.report()
 
     async def kv_pages(self) -> tuple[int, ...]:
         await self._alive()
@@ -196,9 +204,6 @@ class FakeWorker:
         needed = latest.model.layers * latest.block_tokens * latest.model.attention.kv_width * 4
         return -(-needed // latest.page_bytes)
 
-    async def address(self) -> tuple[str, int]:
-        return self.config.host, 9000 + self.number
-
     async def report(self) -> WorkerReport:
         await self._alive()
         failed = f"{type(e).__name__}: {e}" if (e := self.faults.errors.get("engine")) else ""
@@ -213,6 +218,8 @@ class FakeWorker:
             retired=self.retired,
             device=self.device,
             kv_blocks=blocks,
+            serial=next(self.serials),
+            address=(self.config.host, 9000 + self.number) if self.serving or self.retired else None,
         )
 
     async def watch(self, seen: WorkerReport, timeout_s: float) -> WorkerReport:

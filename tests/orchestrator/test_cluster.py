@@ -60,6 +60,7 @@ def test_news_wakes_unless_it_was_decided_on_already() -> None:
             assert await told() == 1
             assert await told() == 1  # no news
             worker.ready.add(2)
+            cluster.touch(ResizeKV("worker-0", 1))
             snapshot = await cluster.look(frozenset(), {})
             assert snapshot.workers["worker-0"].prepared == {1, 2}
             assert await told() == 1
@@ -102,16 +103,14 @@ EVERYBODY = ["pool-0", "pool-1", "worker-0", "worker-1"]
 def test_only_those_are_asked_who_may_have_something_new_to_say() -> None:
     """A word stands for a moment, unless something was done to who gave it, or it has news."""
     done: list[tuple[Effect, list[str]]] = [
-        (Prepare("worker-1", 2), ["worker-1"]),
-        (Commit("worker-0", 2), ["worker-0"]),
-        (Abandon("worker-1", 2), ["worker-1"]),
-        (Fill("pool-0", ()), ["pool-0"]),
-        (Free("pool-1", ("expert/0/0",)), ["pool-1"]),
+        (Prepare("worker-1", 2), []),  # it has said what came of it
+        (Commit("worker-0", 2), []),
+        (Abandon("worker-1", 2), []),
+        (Fill("pool-0", ()), []),
+        (Free("pool-1", ("expert/0/0",)), []),
         (ResizeKV("worker-0", 4), EVERYBODY),  # its pool too
         (HandOver("cpu-1", "pool-0", "worker-0"), EVERYBODY),
         (StopWorker("worker-9"), EVERYBODY),
-        (Prepare("worker-9", 2), []),  # it has ended meanwhile
-        (Fill("pool-9", ()), []),
     ]
 
     async def go() -> None:
@@ -149,7 +148,8 @@ def test_only_those_are_asked_who_may_have_something_new_to_say() -> None:
             workers[1].telling.set()
             await asyncio.sleep(0.05)
             hands.time_s += 0.001
-            assert await asked() == ["worker-1"]
+            assert await asked() == []
+            assert cluster.workers["worker-1"].report.prepared == {1}
             hands.asked.clear()
             await cluster.ask()  # whoever wants to know exactly
             assert sorted(hands.asked) == EVERYBODY
@@ -175,12 +175,43 @@ def test_what_was_done_after_the_question_makes_its_answer_old() -> None:
             await asyncio.sleep(0.02)
             hands.time_s += 0.001
             worker.ready.add(7)
-            cluster.touch(Prepare("worker-0", 7))
+            cluster.touch(ResizeKV("worker-0", 7))
             worker.hangs = False
             await looking
             worker.ready.add(8)
             hands.time_s += 0.001
             assert (await cluster.look(frozenset(), {})).workers["worker-0"].prepared == {7, 8}
+        finally:
+            cluster.close()
+
+    asyncio.run(go())
+
+
+def test_the_latest_report_counts_and_is_as_old_as_its_question() -> None:
+    async def go() -> None:
+        hands = Asked(HERE)
+        cluster = Cluster(cast(Any, hands), 20.0, lambda: None)
+        worker = Teller(WORKER_CONFIG, hands.faults, 0)
+        worker.telling = asyncio.Event()
+        await cluster.look_at_nodes()
+        member = await cluster.add_worker("worker-0", "here", hands.noting("worker-0", worker))
+        try:
+            before = await worker.report()
+            worker.ready.add(7)
+            after = await worker.report()
+            member.hear(after, 100.0, 100.01)
+            member.hear(before, 100.005, 100.02)  # made earlier, though it came later
+            assert member.report.prepared == {7}
+            hands.time_s = 100.03
+            hands.asked.clear()
+            await cluster.look(frozenset(), {})
+            assert hands.asked == []
+            cluster.touch(ResizeKV("worker-0", 4))  # ends now, and began before this:
+            member.hear(await worker.report(), 100.025, 100.04)
+            hands.time_s = 100.05
+            hands.asked.clear()
+            await cluster.look(frozenset(), {})
+            assert hands.asked == ["worker-0"]
         finally:
             cluster.close()
 

@@ -64,6 +64,12 @@ def test_whole_numbers_are_bytes(n: int) -> None:
         ({"engine": EngineOptions(max_batched_tokens=0)}, "max-batched-tokens: 0"),
         ({"engine": EngineOptions(max_running=-3)}, "max-running: -3"),
         ({"engine": EngineOptions(block_tokens=0)}, "block-tokens: 0"),
+        (
+            {"engine": EngineOptions(emulated_step_ms=-1.5)},
+            "emulated-step-ms: -1.5; expected a finite number of millis",
+        ),
+        ({"engine": EngineOptions(emulated_step_ms=float("nan"))}, "emulated-step-ms: nan"),
+        ({"engine": EngineOptions(emulated_step_ms=float("inf"))}, "emulated-step-ms: inf"),
     ],
 )
 def test_a_field_out_of_range_is_named(fields: dict[str, Any], says: str) -> None:

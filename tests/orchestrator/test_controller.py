@@ -86,6 +86,22 @@ def test_from_nothing_to_serving(checkpoint: Path) -> None:
     asyncio.run(go())
 
 
+@pytest.mark.parametrize("emulated_step_ms", [0.0, 15.0])
+def test_workers_are_told_of_emulated_steps_and_everybody_else_too(
+    checkpoint: Path, emulated_step_ms: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def go() -> None:
+        hands = FakeHands(HERE)
+        config = DeploymentConfig(str(checkpoint), 2, engine=EngineOptions(emulated_step_ms=emulated_step_ms))
+        async with controlled(config, hands) as controller:
+            await until(lambda: len(hands.workers) == 3)  # with a standby
+            assert {w.config.emulated_step_ms for w in hands.workers} == {emulated_step_ms}
+            assert (await controller.status()).emulated_step_ms == emulated_step_ms
+        assert ("step times are emulated: at least 15 ms" in caplog.text) == bool(emulated_step_ms)
+
+    asyncio.run(go())
+
+
 def test_two_nodes_have_an_owner_each_and_meet_at_a_store(checkpoint: Path) -> None:
     async def go() -> None:
         hands = FakeHands(HERE, THERE)

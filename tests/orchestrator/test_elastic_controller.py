@@ -349,6 +349,24 @@ def test_a_drained_device_goes_and_its_kv_has_an_heir(checkpoint: Path) -> None:
     asyncio.run(go())
 
 
+def test_leavers_and_their_heirs_know_each_other_before_the_switch(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 4, memory_mode="separate") as (controller, hands, token):
+            await done(controller, token, await controller.scale(token, 2))
+            generation = hands.workers[0].serving
+            heirs = {w.device: w.prepared[generation].inherits for w in hands.workers[:2]}
+            sources = {s.pool.name: s for inherits in heirs.values() for s in inherits}
+            assert len(sources) == 2
+            for leaver in hands.workers[2:]:
+                pool = leaver.prepared[max(leaver.prepared)].device.name
+                assert sources[pool].pages
+                assert pool in {s.pool.name for s in heirs[leaver.left_to]}
+                assert leaver.released_to == leaver.left_to
+            assert [w.left_to for w in hands.workers[:2]] == ["", ""]
+
+    asyncio.run(go())
+
+
 def test_kv_that_cannot_be_handed_over_is_let_go(checkpoint: Path) -> None:
     async def go() -> None:
         async with controlled(checkpoint, 2) as (controller, hands, token):

@@ -41,6 +41,7 @@ def test_every_command_has_help(name: str) -> None:
         (["serve", "x", "--dtype", "int3"], "--dtype"),
         (["serve", "x", "--device-memory", "lots"], "'lots' is not a size"),
         (["serve", "x", "--volume", "11"], "--volume"),
+        (["serve", "x", "--emulated-step-ms", "slow"], "'slow' is not a valid float"),
     ],
 )
 def test_wrong_usage_ends_with_status_2(arguments: list[str], says: str) -> None:
@@ -65,7 +66,8 @@ def test_options_become_the_configuration(monkeypatch: pytest.MonkeyPatch) -> No
     options = "--workers 3 --device-memory 1GiB --exchange gloo --max-model-len 99 --no-prefix-caching --port 81"
     keys = "--api-key a --api-key b --served-model-name m --threads 2 --address local --ingress-replicas 3"
     elastic = f"--memory separate --reserve-memory --standbys 2 --hang-timeout 5 --start-timeout 9 --token {'t' * 16}"
-    done = CliRunner().invoke(serve.command, ["here", *options.split(), *keys.split(), *elastic.split()])
+    given = [*options.split(), *keys.split(), *elastic.split(), "--emulated-step-ms", "12.5"]
+    done = CliRunner().invoke(serve.command, ["here", *given])
     assert done.exit_code == 0, done.output
     ((config, address, verbose),) = seen
     assert (address, verbose) == ("local", False)
@@ -73,12 +75,29 @@ def test_options_become_the_configuration(monkeypatch: pytest.MonkeyPatch) -> No
     assert config.device_memory_bytes == 1 << 30
     assert (config.engine.max_model_len, config.engine.threads, config.engine.prefix_caching) == (99, 2, False)
     assert config.engine.chunked_prefill
+    assert config.engine.emulated_step_ms == 12.5
     assert config.reserve_memory
     assert (config.memory_mode, config.standbys, config.hang_timeout_s) == ("separate", 2, 5.0)
     assert config.start_timeout_s == 9.0
     assert config.token == "t" * 16
     assert (config.endpoint.port, config.endpoint.api_keys, config.endpoint.model_name) == (81, ("a", "b"), "m")
     assert config.endpoint.replicas == 3
+
+
+@pytest.mark.parametrize(("options", "said"), [([], False), (["--emulated-step-ms", "15"], True)])
+def test_serve_says_that_step_times_are_emulated(
+    options: list[str], said: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("concertina.orchestrator.serving.serve_until_stopped", lambda *args: None)
+    assert CliRunner().invoke(serve.command, ["here", *options]).exit_code == 0
+    assert ("--emulated-step-ms 15: step times and throughput are emulated" in caplog.text) == said
+
+
+def test_serve_refuses_emulated_steps_of_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("concertina.orchestrator.serving.serve_until_stopped", lambda *args: pytest.fail("it serves"))
+    done = CliRunner().invoke(serve.command, ["here", "--emulated-step-ms=-3"])
+    assert isinstance(done.exception, OperatorError)
+    assert "emulated-step-ms: -3.0; expected a finite number of milliseconds, 0 or more" in str(done.exception)
 
 
 def test_without_a_token_it_makes_one(monkeypatch: pytest.MonkeyPatch) -> None:

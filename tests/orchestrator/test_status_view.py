@@ -59,6 +59,13 @@ def test_drained_nodes_are_named() -> None:
     assert "drained nodes, which get no workers: abcdefgh" in text(deployment(worker(0), cordoned=("abcdefghijkl",)))
 
 
+def test_emulated_step_times_are_not_taken_for_real() -> None:
+    emulated = deployment(worker(0), emulated_step_ms=15.0)
+    assert "step times are emulated: at least 15 ms" in text(emulated)
+    assert emulated.to_dict()["emulated_step_ms"] == 15.0
+    assert "emulated" not in text(deployment(worker(0)))
+
+
 def test_rates_are_since_the_last_look() -> None:
     view = StatusView()
     assert row(text(deployment(worker(0)), view, 10.0), "cpu-0")[-1] == "-"

@@ -172,11 +172,13 @@ def prepare(workers: Sequence[AnyWorker], assignments: Sequence[Assignment]) -> 
     return assignments[0].generation.id
 
 
-def bring(workers: Sequence[AnyWorker], assignments: Sequence[Assignment], *leavers: AnyWorker) -> int:
+def bring(workers: Sequence[AnyWorker], assignments: Sequence[Assignment], *leavers: AnyWorker, heir: str = "") -> int:
     """Prepare and commit a generation, and wait until it has come."""
     number = prepare(workers, assignments)
-    for worker in (*workers, *leavers):
+    for worker in workers:
         worker.call("commit", number)
+    for worker in leavers:
+        worker.call("commit", number, heir)
     for worker in workers:
         until(worker, lambda report: report.serving == number and not report.parked)
     for worker in leavers:

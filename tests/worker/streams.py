@@ -75,7 +75,7 @@ class Clients:
     def start(self, worker: AnyWorker, prompt: Sequence[int], max_tokens: int) -> Stream:
         """Submit a request on a connection of its own."""
         stream = Stream(prompt, max_tokens)
-        client = self._do(WorkerClient.connect(*worker.call("address"), TOKEN))
+        client = self._do(WorkerClient.connect(*worker.call("report").address, TOKEN))
         self._open.append(client)
         self._reading.append(asyncio.run_coroutine_threadsafe(stream.read(client), self._loop))
         return stream

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from math import inf
 
 from ...errors import InternalError, OperatorError
 from ..kv.ledger import BlockRecord
@@ -32,6 +33,13 @@ class EngineConfig:
     prefix_caching : bool
     idle_wait_s : float
         Longest sleep while nobody has work; then the members look whether all are still there.
+    emulated_step_ms : float
+        Least time of a forward pass, in milliseconds; what its computation does not take is slept. 0 emulates nothing.
+
+    Raises
+    ------
+    OperatorError
+        A value is out of its range.
     """
 
     scheduler: SchedulerConfig
@@ -39,12 +47,17 @@ class EngineConfig:
     eos_ids: tuple[int, ...] = ()
     prefix_caching: bool = True
     idle_wait_s: float = 1.0
+    emulated_step_ms: float = 0.0
 
     def __post_init__(self) -> None:
         if any(not 0 <= token < self.vocab_size for token in self.eos_ids):
             raise OperatorError(f"engine: eos_ids: {self.eos_ids}; expected ids from 0 to {self.vocab_size - 1}")
         if self.idle_wait_s <= 0:
             raise OperatorError(f"engine: idle_wait_s: {self.idle_wait_s}; expected more than 0 seconds")
+        if not 0 <= self.emulated_step_ms < inf:
+            raise OperatorError(
+                f"engine: emulated_step_ms: {self.emulated_step_ms}; expected a finite number of ms, 0 or more"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +165,11 @@ class EngineCore:
         """Write nothing to the ledger from here on, since the KV passes to others; sequences stay."""
         self.scheduler.blocks.detach()
 
-    def hand_over(self, moved_to: str) -> list[EngineOutput]:
-        """End every sequence, to be continued elsewhere; all outputs that have not been reported."""
+    def hand_over(self, moved_to: str, *, running: bool) -> list[EngineOutput]:
+        """End every sequence, or those that run, to be continued elsewhere; all outputs that have not been reported."""
         for seq in self.scheduler.sequences:
+            if running and not isinstance(seq.state, Running):
+                continue
             end = Finished("moved")
             self.scheduler.finish(seq, end)
             self._note_end(seq, end, moved_to)

@@ -54,8 +54,8 @@ class Engine:
     kv : KV
         The device's cache, for all generations. What its ledger says of its blocks can be found from the start.
     config : EngineConfig
-    clock : callable
-        Seconds, for the step times.
+    clock, sleep : callable
+        Seconds, for the step times; and what lets them pass, with the interpreter released.
     draw_seed : callable
         Seeds for sequences that ask for none.
 
@@ -77,13 +77,14 @@ class Engine:
         config: EngineConfig,
         clock: Callable[[], float] = time.perf_counter,
         draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.config = config
         self.generation = 0
         self.step_ends_s: deque[float] = deque(maxlen=_STEPS_KEPT)
         self.on_boundary: Callable[[Sequence[Row]], None] | None = None
         self._decoder, self._kv, self._exchange = decoder, kv, exchange
-        self._clock, self._draw_seed = clock, draw_seed
+        self._clock, self._draw_seed, self._sleep = clock, draw_seed, sleep
         notes = Notes(kv.ledger, kv.page_of)
         self._core = EngineCore(config, BlockManager(kv.block_ids, kv.block_tokens, config.prefix_caching, notes))
         self._offer = Offer()
@@ -184,8 +185,10 @@ class Engine:
             self._offer.drop()
             self._retire()
 
-    def hand_over(self, moved_to: str) -> list[EngineOutput]:
+    def hand_over(self, moved_to: str, *, running: bool = False) -> list[EngineOutput]:
         """End every sequence of an engine that has retired as moved to that device; all outputs not yet emitted.
+
+        With ``running`` only those that run; what waits, and what comes later, is kept for another call.
 
         Raises
         ------
@@ -195,8 +198,8 @@ class Engine:
         with self._turns.loop(), self._lock:
             if not self._retired:
                 raise InternalError("an engine that has not retired cannot hand its sequences over")
-            self._moved_to = moved_to
-            return self._core.hand_over(moved_to)
+            self._moved_to = self._moved_to if running else moved_to
+            return self._core.hand_over(moved_to, running=running)
 
     def run(self, emit: Emit) -> RunEnd:
         """Turn until stopped or retired; ``emit`` gets each step's outputs, in this thread.
@@ -255,10 +258,17 @@ class Engine:
         with self._lock:
             work = self._core.begin()
         sampled = self._compute(work)
+        self._emulate(began_s)
         ended_s = self._clock()
         self.step_ends_s.append(ended_s)
         with self._lock:
             return self._core.finish(work, sampled, ended_s - began_s)
+
+    def _emulate(self, began_s: float) -> None:
+        """Leave the host's cores alone until an accelerator would have been done."""
+        least_s = self.config.emulated_step_ms / 1e3
+        if least_s and (missing_s := began_s + least_s - self._clock()) > 0:
+            self._sleep(missing_s)
 
     @torch.inference_mode()
     def _compute(self, work: StepWork) -> list[Sampled]:

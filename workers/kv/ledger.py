@@ -143,6 +143,11 @@ class Ledger:
         prefix = bytes(self._bytes[start + _PREFIX : start + _PREFIX + PREFIX_BYTES])
         return BlockRecord(prefix, tokens, bool(self._words[start // 4 + _USED]), self._longs[start // 8 + _STAMP])
 
+    def used(self, page: int) -> bool:
+        """Whether a running sequence has the page's block, with at least one token in it. Quicker than `read`."""
+        word = page * self._stride // 4
+        return 0 <= page < self.pages and bool(self._words[word + _FILL] and self._words[word + _USED])
+
     def close(self) -> None:
         """Let go of the memory; the ledger must not be used any more."""
         for view in (self._words, self._longs, self._ints, self._bytes):

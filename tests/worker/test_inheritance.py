@@ -1,0 +1,238 @@
+"""What running sequences of a leaver have is there at the boundary, and they go on at once."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import pytest
+from concertina.errors import InternalError
+from concertina.workers import adoption
+from concertina.workers.generation import Assignment
+from concertina.workers.pages.transfer import LocalPages, PageReader, PageSource, open_pages
+
+from ..model.loaded import Loaded
+from .site import BLOCK_TOKENS, LocalWorker, Site, bring, prepare, until
+from .streams import Stream, clients
+
+MakeSite = Callable[..., Site]
+Hire = Callable[[], LocalWorker]
+PROMPTS = [[13 * i + j for j in range(5 + 4 * i)] for i in range(4)]
+ROOM = 240  # more than all sequences together need
+
+
+def right(stream: Stream, loaded: Loaded, before: int) -> bool:
+    """Whether a stream that has ended has the true tokens; ``before`` of its prompt's are answers, too."""
+    prompt = stream.prompt[: len(stream.prompt) - before]
+    answer = [*stream.prompt[len(prompt) :], *stream.tokens]
+    return stream.finished() == "length" and answer == loaded.greedy(prompt, len(answer))
+
+
+def inheriting(site: Site, devices: Sequence[str], rank: int, *left: str, far: bool = False) -> list[Assignment]:
+    """The next generation, in which that rank inherits from the devices that left."""
+    parts = site.generation(devices)
+    parts[rank] = replace(parts[rank], inherits=tuple(site.source(device, far=far) for device in left))
+    return parts
+
+
+@pytest.mark.parametrize("way", ["mapped", "copied", "copied over TCP"])
+def test_running_sequences_go_on_at_once_and_nothing_is_computed_again(
+    make_site: MakeSite, hire: Hire, loaded: Loaded, way: str
+) -> None:
+    separate, far = way != "mapped", way == "copied over TCP"
+    site = make_site("a", "b", "c", blocks=ROOM, separate=separate)
+    workers = [hire(), hire(), hire()]
+    bring(workers, site.generation(["a", "b", "c"]))
+    gc.disable()
+    try:
+        with clients() as client:
+            streams = [
+                [client.start(worker, [i, *prompt], 120) for prompt in PROMPTS[:2]] for i, worker in enumerate(workers)
+            ]
+            for stream in chain(*streams):
+                stream.wait_for(3)
+            number = bring(workers[:1], inheriting(site, ["a"], 0, "b", "c", far=far), *workers[1:], heir="a")
+            moved = streams[1] + streams[2]
+            assert {(s.finished(), s.end.result().moved_to) for s in moved} == {("moved", "a")}
+            again = [client.again(workers[0], stream) for stream in moved]
+            assert all(right(new, loaded, len(old.tokens)) for new, old in zip(again, moved, strict=True))
+            assert [new.cached_tokens for new in again] == [len(new.prompt) - 1 for new in again]
+            assert all(right(stream, loaded, 0) for stream in streams[0])
+            late = client.start(workers[1], [1, 2, 3], 2)  # from who has not heard yet: it waits for the rest
+            until(workers[1], lambda report: report.load.waiting == 1)
+            for device, leaver in (("b", workers[1]), ("c", workers[2])):
+                assert leaver.worker.report().retired == number
+                pages = workers[0].worker.adopt_kv(site.source(device, far=far), 3 * ROOM)
+                assert separate or set(pages) & set(site.kv(device))
+                leaver.worker.release("a")
+            assert (late.finished(), late.end.result().moved_to) == ("moved", "a")
+        report = workers[0].worker.report()
+        assert report.load.kv_blocks == report.kv_blocks
+        assert workers[1].worker.report().device == ""
+    finally:
+        gc.enable()
+
+
+def test_who_waits_goes_on_only_once_the_rest_is_handed_over(make_site: MakeSite, hire: Hire, loaded: Loaded) -> None:
+    """What it has computed before may be cached, and is not there at the switch."""
+    site, workers = make_site("a", "b", blocks=ROOM), [hire(), hire()]
+    bring(workers, site.generation(["a", "b"]))
+    with clients() as client:
+        runs = [client.start(workers[1], [i, *range(9)], 120) for i in range(8)]  # as many as may run
+        for stream in runs:
+            stream.wait_for(2)
+        waits = client.start(workers[1], [4, 9, 1], 5)
+        bring(workers[:1], inheriting(site, ["a"], 0, "b"), workers[1], heir="a")
+        assert {stream.finished() for stream in runs} == {"moved"}
+        until(workers[1], lambda report: report.load.waiting == 1)
+        assert not waits.end.done()
+        workers[1].worker.release("a")
+        assert waits.finished() == "moved"
+        assert right(client.again(workers[0], waits), loaded, 0)
+
+
+def test_a_sequence_that_has_no_heir_waits_as_before(make_site: MakeSite, hire: Hire) -> None:
+    site, workers = make_site("a", "b", blocks=ROOM), [hire(), hire()]
+    bring(workers, site.generation(["a", "b"]))
+    with clients() as client:
+        stream = client.start(workers[1], PROMPTS[0], 120)
+        stream.wait_for(2)
+        number = bring(workers[:1], site.generation(["a"], "solo"), workers[1])
+        assert workers[1].worker.report().retired == number
+        assert not stream.end.done()
+        workers[1].worker.release("a")
+        assert stream.finished() == "moved"
+
+
+class Reads:
+    """Reads of another device's KV (not of its ledger): their pages; ``before`` is called ahead of each."""
+
+    def __init__(self, site: Site, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pages: list[tuple[int, ...]] = []
+        self.before: Callable[[], object] = lambda: None
+        theirs, reads = set(site.kv(device)), self
+
+        class Noted(LocalPages):
+            def read_into(self, pages: Sequence[int], segments: Sequence[memoryview], copied: Any = None) -> None:
+                if theirs.issuperset(pages):
+                    reads.before()
+                    reads.pages.append(tuple(pages))
+                super().read_into(pages, segments, copied)
+
+        def opened(source: PageSource) -> PageReader:
+            reader = open_pages(source)
+            assert isinstance(reader, LocalPages)
+            return Noted(reader._pool)
+
+        monkeypatch.setattr(adoption, "open_pages", opened)
+
+
+def test_full_blocks_are_copied_ahead_and_the_rest_at_the_boundary(
+    make_site: MakeSite, hire: Hire, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what the heir has computed itself is not copied."""
+    site, workers = make_site("a", "b", blocks=ROOM, separate=True), [hire(), hire()]
+    reads = Reads(site, "b", monkeypatch)
+    bring(workers, site.generation(["a", "b"]))
+    with clients() as client:
+        assert client.start(workers[0], range(40), 1).finished() == "length"
+        stream = client.start(workers[1], range(41), 110)
+        stream.wait_for(6 * BLOCK_TOKENS)
+        prepare(workers[:1], parts := inheriting(site, ["a"], 0, "b"))
+        (ahead,) = reads.pages
+        assert 4 * site.block_pages <= len(ahead) < 17 * site.block_pages  # not the ten of the prompt that both have
+        for worker, heir in zip(workers, ("", "a"), strict=True):
+            worker.call("commit", parts[0].generation.id, heir)
+        assert stream.finished() == "moved"
+        again = client.again(workers[0], stream)
+        assert right(again, loaded, len(stream.tokens))
+        assert again.cached_tokens == len(again.prompt) - 1
+        assert [set(pages) & set(ahead) for pages in reads.pages[1:]] == [set()]
+        workers[1].worker.release("a")
+
+
+def test_what_is_written_anew_while_it_is_copied_ahead_is_not_believed(
+    make_site: MakeSite, hire: Hire, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sequence ends, and others take its blocks, between the look into the ledger and the copy."""
+    site, workers = make_site("a", "b", blocks=40, separate=True), [hire(), hire()]
+    reads = Reads(site, "b", monkeypatch)
+    bring(workers, site.generation(["a", "b"]))
+    with clients() as client:
+        old = client.start(workers[1], range(60), 90)
+        old.wait_for(2)
+
+        def overwritten() -> None:
+            if not reads.pages:
+                assert old.finished() == "length"
+                for first in (100, 101):
+                    assert client.start(workers[1], [first, *range(110)], 2).finished() == "length"
+
+        reads.before = overwritten
+        bring(workers[:1], inheriting(site, ["a"], 0, "b"), workers[1], heir="a")
+        assert reads.pages
+        again = client.start(workers[0], range(60), 90)
+        assert right(again, loaded, 0)
+        assert again.cached_tokens == 0
+        assert again.tokens == old.tokens
+
+
+@pytest.mark.parametrize("error", [InternalError("the peer is gone"), OSError("the device is gone")])
+def test_without_the_leavers_pages_its_sequences_are_computed_again(
+    make_site: MakeSite, hire: Hire, loaded: Loaded, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    site, workers = make_site("a", "b", blocks=ROOM, separate=True), [hire(), hire()]
+    reads = Reads(site, "b", monkeypatch)
+    bring(workers, site.generation(["a", "b"]))
+
+    def fail() -> None:
+        raise error
+
+    reads.before = fail
+    with clients() as client:
+        streams = [client.start(worker, PROMPTS[3], 120) for worker in workers]
+        for stream in streams:
+            stream.wait_for(8)
+        bring(workers[:1], inheriting(site, ["a"], 0, "b"), workers[1], heir="a")
+        assert streams[1].finished() == "moved"
+        assert right(client.again(workers[0], streams[1]), loaded, len(streams[1].tokens))
+        assert right(streams[0], loaded, 0)
+    load = workers[0].worker.report().load
+    assert (load.kv_blocks, load.kv_blocks_used) == (ROOM, 0)
+
+
+def test_a_leaver_whose_memory_gives_no_answer_is_left_without(make_site: MakeSite, hire: Hire, loaded: Loaded) -> None:
+    site, workers = make_site("a", "b", blocks=ROOM, separate=True), [hire(), hire()]
+    bring(workers, site.generation(["a", "b"]))
+    with clients() as client:
+        stream = client.start(workers[1], PROMPTS[2], 120)
+        stream.wait_for(8)
+        parts = site.generation(["a"])
+        source = site.source("b")
+        nobody = replace(source, source=replace(source.source, address="@nobody", port=0))
+        parts[0] = replace(parts[0], inherits=(nobody,))
+        bring(workers[:1], parts, workers[1], heir="a")
+        assert stream.finished() == "moved"
+        assert right(client.again(workers[0], stream), loaded, len(stream.tokens))
+
+
+def test_an_abandoned_generation_takes_nothing(
+    make_site: MakeSite, hire: Hire, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, workers = make_site("a", "b", blocks=ROOM, separate=True), [hire(), hire()]
+    reads = Reads(site, "b", monkeypatch)
+    bring(workers, site.generation(["a", "b"]))
+    with clients() as client:
+        streams = [client.start(worker, PROMPTS[i], 130) for i, worker in enumerate(workers, 2)]
+        for stream in streams:
+            stream.wait_for(12)
+        number = prepare(workers[:1], inheriting(site, ["a"], 0, "b"))
+        workers[1].worker.commit(number, "a")
+        for worker in workers:
+            worker.worker.abandon(number)
+        assert all(right(stream, loaded, 0) for stream in streams)
+    assert len(reads.pages) == 1
+    assert workers[0].worker.report().prepared == frozenset()
