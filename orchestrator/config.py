@@ -127,6 +127,9 @@ class DeploymentConfig:
     hang_timeout_s : float
         A worker or memory owner that does not answer the controller for so long is killed, and so is a controller that
         does not answer ``concertina serve``.
+    start_timeout_s : float
+        A worker or memory owner that has a process for so long and has not answered once is killed. A worker
+        imports torch: 1.2 s on an idle core, many times that where many start at once or others serve.
     token : str
         The deployment's secret between its own processes; whoever has it may scale and drain.
     """
@@ -147,6 +150,7 @@ class DeploymentConfig:
     reserve_memory: bool = False
     standbys: int = 1
     hang_timeout_s: float = 20.0
+    start_timeout_s: float = 120.0
     engine: EngineOptions = EngineOptions()
     endpoint: EndpointOptions = EndpointOptions()
     token: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
@@ -220,7 +224,12 @@ class DeploymentConfig:
         for name, number in at_least_0.items():
             if not number >= 0:  # NaN is neither
                 raise OperatorError(f"{name}: {number}; expected 0 or more")
-        for name, seconds in {"exchange-timeout": self.exchange_timeout_s, "hang-timeout": self.hang_timeout_s}.items():
+        above_0 = {
+            "exchange-timeout": self.exchange_timeout_s,
+            "hang-timeout": self.hang_timeout_s,
+            "start-timeout": self.start_timeout_s,
+        }
+        for name, seconds in above_0.items():
             if not 0 < seconds < inf:
                 raise OperatorError(f"{name}: {seconds}; expected a number of seconds above 0")
         if not 0 <= self.engine.emulated_step_ms < inf:

@@ -268,7 +268,7 @@ class Controller:
         if state.serving is None:
             return "starting"
         if state.pending is None:
-            return "serving"
+            return "recovering" if state.broken else "serving"
         return "recovering" if state.pending.recovery else "serving, " + state.pending.stage.value
 
     def _find(self, op_id: str) -> Operation:
@@ -370,7 +370,7 @@ class Controller:
             self._busy[effect] = asyncio.create_task(self._do(effect))
         await self._tell()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), _TICK_S)
+            await asyncio.wait_for(self._wake.wait(), min(_TICK_S, max(0.0, decision.again_s - self._hands.now_s())))
 
     async def _tell(self) -> None:
         """Wake who waits for the state, or the list of members, to change."""

@@ -37,6 +37,7 @@ from .core.layout import is_node_pool, node_pool
 from .core.leftovers import heirs_at_switch
 from .core.state import Record, State
 from .planning import MAILBOX_BYTES, max_model_len
+from .starting import started
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -116,8 +117,7 @@ class Deeds:
         for lender in list(self.cluster.workers.values()):
             if lender.node == effect.node and await self._adopt(effect, config, lender):
                 return
-        handle = await self.cluster.hands.start_owner(effect.node, config)
-        await self.cluster.add_pool(effect.pool, effect.node, handle)
+        await self._new_owner(effect, config)
 
     async def _adopt(self, effect: StartOwner, config: OwnerConfig, lender: Member) -> bool:
         """Whether a new owner took the pool over from this worker; an empty one beside a pool in use must not be."""
@@ -126,12 +126,19 @@ class Deeds:
         except InternalError:
             return False  # it does not map that pool
         try:
-            handle = await self.cluster.hands.start_owner(effect.node, config, address)
-            await self.cluster.add_pool(effect.pool, effect.node, handle)
+            await self._new_owner(effect, config, address)
         except ConcertinaError as e:
             await self.cluster.hands.kill(config.name)
             raise InternalError(f"pool {effect.pool} was not adopted from {lender.name}: {e}") from e
         return True
+
+    async def _new_owner(self, effect: StartOwner, config: OwnerConfig, adopt_from: str | None = None) -> None:
+        async def answering() -> None:
+            handle = await self.cluster.hands.start_owner(effect.node, config, adopt_from)
+            await self.cluster.add_pool(effect.pool, effect.node, handle)
+
+        what = f"memory owner {effect.pool} on node {effect.node}"
+        await started(self.cluster.hands, what, config.name, self.config.start_timeout_s, answering())
 
     async def _stop_owner(self, effect: StopOwner) -> None:
         pool = self._pool(effect.pool)
@@ -156,8 +163,13 @@ class Deeds:
             prefix_caching=engine.prefix_caching,
             emulated_step_ms=engine.emulated_step_ms,
         )
-        handle = await self.cluster.hands.start_worker(effect.node, config)
-        await self.cluster.add_worker(effect.worker, effect.node, handle)
+
+        async def answering() -> None:
+            handle = await self.cluster.hands.start_worker(effect.node, config)
+            await self.cluster.add_worker(effect.worker, effect.node, handle)
+
+        what = f"{effect.worker} on node {effect.node}"
+        await started(self.cluster.hands, what, config.name, self.config.start_timeout_s, answering())
 
     async def _fill(self, effect: Fill) -> None:
         pool = self._pool(effect.pool)

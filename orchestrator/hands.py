@@ -82,6 +82,10 @@ class Hands(Protocol):
         """What is left of an earlier controller of this deployment."""
         ...
 
+    async def begun(self, name: str) -> bool:
+        """Whether an owner or a worker that was started has a process, which may not answer yet."""
+        ...
+
     async def kill(self, name: str) -> None:
         """End the process of an owner or a worker, however it is; returns when it is gone."""
         ...

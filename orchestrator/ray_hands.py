@@ -10,6 +10,7 @@ from math import inf
 from typing import Any, cast
 
 import ray
+from ray._private.state import actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..errors import InternalError
@@ -147,8 +148,14 @@ class RayHands:
                 found[name] = identity.node, actor
         return found
 
+    async def begun(self, name: str) -> bool:
+        names = (_OWNER + name, self._actor_name(name))
+        return await asyncio.to_thread(lambda: any(map(_has_process, names)))
+
     async def kill(self, name: str) -> None:
         """End the process of an owner or a worker, however it is; returns when it is gone.
+
+        One that hangs before it has noted who it is holds nothing yet: Ray ends it, in five seconds.
 
         Raises
         ------
@@ -247,6 +254,12 @@ def _find(name: str) -> Any:
         return ray.get_actor(name, NAMESPACE)
     except ValueError:
         return None
+
+
+def _has_process(name: str) -> bool:
+    """Ray's own table, which `ray.util.state` would need a dashboard for: a number of 0 is no process yet."""
+    actor = _find(name)
+    return actor is not None and bool(actors(actor._actor_id.hex()).get("Pid"))
 
 
 def _end_actor(name: str) -> None:

@@ -114,6 +114,13 @@ _deployment_options = _Group(
             help="Seconds without an answer after which a worker, memory owner or controller is killed and replaced.",
         ),
         click.option(
+            "--start-timeout",
+            type=float,
+            default=120.0,
+            show_default=True,
+            help="Seconds after which a worker or memory owner that hangs while it starts is killed.",
+        ),
+        click.option(
             "--standbys",
             type=click.IntRange(min=0),
             default=1,
@@ -208,6 +215,7 @@ def _config(checkpoint: str, o: dict[str, Any]) -> DeploymentConfig:
         reserve_memory=o["reserve_memory"],
         standbys=o["standbys"],
         hang_timeout_s=o["hang_timeout"],
+        start_timeout_s=o["start_timeout"],
         endpoint=endpoint,
         **({"token": o["token"]} if o["token"] else {}),
     )

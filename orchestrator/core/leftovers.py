@@ -123,9 +123,10 @@ def yields(state: State, snapshot: Snapshot) -> Iterator[Effect]:
     """KV that must be given up before experts come."""
     for kv in kv_sizes(state, snapshot) if state.serving is not None else ():
         fact = usable(snapshot, kv.worker)
-        if fact is None and kv.pages > kv.target_pages:
-            yield Free(kv.pool, (kv_key(kv.device),))  # nobody is left to choose what to keep
-        elif fact is not None and (fact.kv_blocks > kv.target or kv.pages > kv.target_pages):
+        if fact is None or fact.device != kv.device:  # one that was started anew maps nothing of it
+            if kv.pages > kv.target_pages:
+                yield Free(kv.pool, (kv_key(kv.device),))  # nobody is left to choose what to keep
+        elif fact.kv_blocks > kv.target or kv.pages > kv.target_pages:
             yield ResizeKV(kv.worker, kv.target)
 
 

@@ -38,7 +38,8 @@ def request(
     if state.pending is None and state.serving is not None and state.serving.layout == route[-1]:
         operation = replace(operation, outcome="done", reason="nothing to do", committed_s=now_s, ended_s=now_s)
     operations = (*state.operations, operation)[-_KEPT:]
-    return replace(state, operations=operations, next_operation=state.next_operation + 1, attempts=0)
+    attempts = state.attempts if state.broken else 0  # those that recover what serves go on
+    return replace(state, operations=operations, next_operation=state.next_operation + 1, attempts=attempts)
 
 
 def cancel(state: State, operation_id: str, now_s: float) -> State:

@@ -107,6 +107,10 @@ class State:
     short_lives : int
         Generations in a row that broke as soon as they served.
     served_since_s : float
+    broken : bool
+        The generation that serves was found broken, and none that recovers serves yet.
+    failed_s : float
+        When a generation was last withdrawn, or found broken.
     deadlines : mapping of str to float
         Until when the KV of devices that leave may be handed over; after that it is given up.
     cordoned : frozenset of str
@@ -125,6 +129,8 @@ class State:
     attempts: int = 0
     short_lives: int = 0
     served_since_s: float = 0.0
+    broken: bool = False
+    failed_s: float = 0.0
     deadlines: Mapping[str, float] = field(default_factory=dict)
     cordoned: frozenset[str] = frozenset()
     failure: str = ""

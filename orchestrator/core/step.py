@@ -7,120 +7,52 @@ it asks for the same effects, less those under way.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 
+from .attempts import ATTEMPTS, RECOVERIES, broke, failed, mended, opens_s
 from .coming import coming
+from .doom import doom
 from .facts import (
     Abandon,
     Commit,
     Effect,
-    Fault,
     Fill,
     Free,
     HandOver,
-    OpenStore,
     Prepare,
     ResizeKV,
     Snapshot,
-    StartOwner,
-    StartWorker,
     StopOwner,
     StopWorker,
-    WorkerFact,
 )
 from .health import broken, filled, missing, missing_pools, usable
 from .layout import Layout
-from .leftovers import leftovers, resizes, standby_pools, standbys, yields
+from .leftovers import leftovers, resizes, standby_pools, standbys, strays, yields
 from .operations import committed, end, next_layout
 from .state import Pending, Record, Stage, State
 from .survive import survive
 
-_ATTEMPTS = 3  # of an operation, and
-_RECOVERIES = 8  # of recovering, before it is given up
-_SHORT_LIFE_S = 1.0
-
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The next state, effects to start now, and why."""
+    """The next state, effects to start now, and why; and until when something else is put off (`inf`: nothing is)."""
 
     state: State
     effects: tuple[Effect, ...]
     reason: str
+    again_s: float = inf
 
 
 def step(state: State, snapshot: Snapshot) -> Decision:
     """Decide what to do next."""
     if not state.failure:
-        state = _finish(_begin(_advance(_withdraw(_doom(state, snapshot), snapshot), snapshot), snapshot), snapshot)
+        state = _finish(_begin(_advance(_withdraw(doom(state, snapshot), snapshot), snapshot), snapshot), snapshot)
     if state.failure:
         return Decision(state, (), state.failure)
     state, effects = _effects(state, snapshot)
-    return Decision(state, tuple(e for e in dict.fromkeys(effects) if e not in snapshot.busy), _reason(state))
-
-
-def _doom(state: State, snapshot: Snapshot) -> State:
-    """Give the coming generation up if something it needs failed or died."""
-    pending = state.pending
-    if pending is None or pending.doomed:
-        return state
-    for effect, fault in snapshot.errors.items():
-        if _concerns(effect, pending):
-            return _doomed(state, fault)
-    trouble = _trouble(state, pending, snapshot)
-    return _doomed(state, Fault(trouble)) if trouble else state
-
-
-def _doomed(state: State, fault: Fault) -> State:
-    assert state.pending is not None
-    return replace(state, pending=replace(state.pending, doomed=fault.reason, lasting=fault.lasting))
-
-
-def _concerns(effect: Effect, pending: Pending) -> bool:
-    match effect:
-        case Prepare(_, generation) | Commit(_, generation):
-            return generation == pending.record.id
-        case StartWorker(worker, _):
-            return worker in pending.record.workers
-        case StartOwner(pool) | Fill(pool):
-            return pool in pending.record.layout.pools()
-        case OpenStore():
-            return True
-        case ResizeKV():
-            return pending.stage is Stage.YIELD
-        case _:
-            return False
-
-
-def _trouble(state: State, pending: Pending, snapshot: Snapshot) -> str:
-    """Who of the members, or of those that serve until then, is lost."""
-    record = pending.record
-    gone = sorted(set(record.layout.nodes) - snapshot.nodes)
-    if gone:
-        return f"node {gone[0]} is gone"
-    begun = pending.stage in (Stage.PREPARE, Stage.COMMIT)
-    for rank, worker in enumerate(record.workers):
-        fact = snapshot.workers.get(worker)
-        where = f"worker {rank} ({record.layout.seats[rank].device})"
-        if fact is None and begun:
-            return f"{where}: its process ended"
-        if fact is not None and fact.failed:
-            return f"{where}: {fact.failed}"
-        if fact is not None and fact.parked and fact.serving == record.id:
-            return f"{where}: {fact.parked}"
-    if state.serving is None or pending.recovery:
-        return ""
-    return broken(_still_there(state.serving, snapshot), snapshot, record.id)
-
-
-def _still_there(record: Record, snapshot: Snapshot) -> Record:
-    """The generation without the members that have left it in good order."""
-    stay = [i for i, w in enumerate(record.workers) if not _has_retired(snapshot.workers.get(w))]
-    layout = replace(record.layout, seats=tuple(record.layout.seats[i] for i in stay))
-    return Record(record.id, layout, tuple(record.workers[i] for i in stay))
-
-
-def _has_retired(fact: WorkerFact | None) -> bool:
-    return fact is not None and fact.retired != 0 and not fact.failed
+    wanted = tuple(e for e in dict.fromkeys(effects) if e not in snapshot.busy)
+    paused = state.pending is None and opens_s(state) > snapshot.now_s
+    return Decision(state, wanted, _reason(state), opens_s(state) if paused else inf)
 
 
 def _withdraw(state: State, snapshot: Snapshot) -> State:
@@ -129,17 +61,22 @@ def _withdraw(state: State, snapshot: Snapshot) -> State:
     if pending is None or not pending.doomed or not _let_go(pending.record.id, snapshot):
         return state
     if _has_begun(state, pending.record, snapshot):
-        state = replace(state, serving=pending.record, pending=None, served_since_s=snapshot.now_s)
-        return committed(state, snapshot.now_s)
-    state = replace(state, pending=None, attempts=state.attempts + 1)
+        return _serves(state, pending.record, snapshot)
+    state = failed(replace(state, pending=None), snapshot.now_s)
     if state.serving is None or pending.recovery:
-        given_up = state.attempts >= _RECOVERIES if pending.recovery else pending.lasting or state.attempts >= _ATTEMPTS
+        given_up = state.attempts >= RECOVERIES if pending.recovery else pending.lasting or state.attempts >= ATTEMPTS
         return _fail(state, pending.doomed, snapshot) if given_up else state
     if state.operation is None or pending.record.layout not in state.operation.route:
         return replace(state, attempts=0)  # it was withdrawn because it was asked for no more
-    if pending.lasting or state.attempts >= _ATTEMPTS:
+    if pending.lasting or state.attempts >= ATTEMPTS:
         return replace(end(state, "failed", pending.doomed, snapshot.now_s), attempts=0)
     return state
+
+
+def _serves(state: State, record: Record, snapshot: Snapshot) -> State:
+    """The coming generation is the one that serves now."""
+    state = replace(state, serving=record, pending=None, served_since_s=snapshot.now_s, broken=False)
+    return committed(state, snapshot.now_s)
 
 
 def _has_begun(state: State, record: Record, snapshot: Snapshot) -> bool:
@@ -168,8 +105,7 @@ def _advance(state: State, snapshot: Snapshot) -> State:
         return state
     record, facts = pending.record, [usable(snapshot, w) for w in pending.record.workers]
     if all(fact is not None and fact.serving == record.id and not fact.parked for fact in facts):
-        state = replace(state, serving=record, pending=None, attempts=0, served_since_s=snapshot.now_s)
-        return committed(state, snapshot.now_s)
+        return replace(_serves(state, record, snapshot), attempts=0)
     return replace(state, pending=replace(pending, stage=_stage(state, pending, snapshot)))
 
 
@@ -189,30 +125,33 @@ def _begin(state: State, snapshot: Snapshot) -> State:
     """Open a new generation: the serving one's successor if it is broken, else what the operation asks for."""
     if state.pending is not None or state.failure:
         return state
+    reason = broken(state.serving, snapshot) if state.serving is not None else ""
+    state = broke(state, snapshot.now_s) if reason else mended(state)
     if any(isinstance(e, Free | HandOver | ResizeKV | StopOwner) for e in snapshot.busy):
         return state  # it would plan on extents and pools that are about to go
-    reason = broken(state.serving, snapshot) if state.serving is not None else ""
     if reason:
         return _recover(state, snapshot, reason)
     state = _without_dead_nodes(state, snapshot)
     layout = next_layout(state)
-    if layout is None or (state.serving is not None and not _is_clear(state, snapshot)):
+    if (
+        layout is None
+        or opens_s(state) > snapshot.now_s
+        or (state.serving is not None and not _is_clear(state, snapshot))
+    ):
         return state
     return _open(state, layout, snapshot, recovery=False)
 
 
 def _recover(state: State, snapshot: Snapshot, reason: str) -> State:
     assert state.serving is not None
-    lived_s = snapshot.now_s - state.served_since_s
-    short = state.short_lives
-    if state.attempts == 0:
-        short = short + 1 if lived_s < _SHORT_LIFE_S else 0
-    if short >= _RECOVERIES:
+    if state.short_lives >= RECOVERIES:
         return _fail(state, f"it breaks again and again; the last time: {reason}", snapshot)
+    if opens_s(state) > snapshot.now_s:
+        return state
     layout = survive(state.serving.layout, snapshot.nodes)
     if layout is None:
         return _fail(state, f"{reason}; the devices that are left do not hold the model", snapshot)
-    return _open(replace(state, short_lives=short), layout, snapshot, recovery=True)
+    return _open(state, layout, snapshot, recovery=True)
 
 
 def _without_dead_nodes(state: State, snapshot: Snapshot) -> State:
@@ -286,9 +225,11 @@ def _effects(state: State, snapshot: Snapshot) -> tuple[State, list[Effect]]:
         return state, effects + list(coming(state, state.pending, snapshot))
     if state.serving is None:
         return state, effects
+    if state.broken:
+        return state, effects + list(strays(state, snapshot))  # the rest has time until it has recovered
     effects += leftovers(state, snapshot)
     clear = _is_clear(state, snapshot)
-    if clear:
+    if clear and next_layout(state) is None:  # what comes next would have KV yield again
         effects += resizes(state, snapshot)
     if state.operation is not None:
         return state, effects  # processes that start would take the time that it needs
@@ -299,8 +240,11 @@ def _effects(state: State, snapshot: Snapshot) -> tuple[State, list[Effect]]:
 
 
 def _reason(state: State) -> str:
-    pending = state.pending
+    pending, serving = state.pending, state.serving
     if pending is not None:
         told = f"withdrawn: {pending.doomed}" if pending.doomed else pending.stage.value
         return f"generation {pending.record.id}: {told}"
-    return f"generation {state.serving.id} serves" if state.serving else "no target"
+    if state.broken and serving is not None:
+        return f"generation {serving.id} is broken; the next one follows"
+    now = f"generation {serving.id} serves" if serving is not None else "no target"
+    return f"{now}; attempt {state.attempts + 1} of {ATTEMPTS} follows" if state.operation and state.attempts else now

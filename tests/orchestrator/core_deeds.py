@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .core_world import World
 
 JOIN_S = 10.0
+START_S = 15.0
 
 
 def deed(world: World, effect: Effect) -> Deed:
@@ -63,6 +64,7 @@ def deed(world: World, effect: Effect) -> Deed:
 
 def _startowner(world: World, effect: StartOwner) -> Deed:
     yield CALLED
+    yield from _until_it_answers(world, effect.pool)
     yield from _until_node_speaks(world, effect.node)
     while any(w.hung_since_s is not None and w.maps_any(p) for w, p in world.mappings(effect.pool)):
         yield CALLED  # it is asked to lend the pool, and does not answer
@@ -90,9 +92,20 @@ def _stop_owner(world: World, effect: StopOwner) -> Deed:
 
 def _start_worker(world: World, effect: StartWorker) -> Deed:
     yield CALLED
+    yield from _until_it_answers(world, effect.worker)
     yield from _until_node_speaks(world, effect.node)
     if effect.worker not in world.workers:
         world.workers[effect.worker] = Worker(effect.worker, effect.node)
+
+
+def _until_it_answers(world: World, name: str) -> Deed:
+    """A process that hangs while it starts is killed after a while."""
+    since_s = world.now_s
+    while name in world.stuck:
+        yield CALLED
+        if world.now_s - since_s > START_S:
+            world.stuck.discard(name)
+            raise Trouble(f"{name} gave no answer")
 
 
 def _until_node_speaks(world: World, node: str) -> Deed:

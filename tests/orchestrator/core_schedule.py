@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from math import inf
 
 from concertina.errors import OperatorError
 from concertina.orchestrator.core.facts import Commit, Effect, Free, Prepare, Snapshot
@@ -48,6 +49,7 @@ class Schedule:
         self.state = self.saved = State(standbys=order.choice((0, 0, 1)))
         self.ended: dict[tuple[str, float], str] = {}
         self.requested = self.started = 0
+        self.again_s = inf  # until when the next generation is put off
 
     def use(self, mode: MemoryMode, layouts: tuple[Layout, ...]) -> None:
         """Go between these layouts."""
@@ -88,6 +90,9 @@ class Schedule:
         decision = step(self.state, snapshot)
         must(not decision.state.failure, f"C9: given up: {decision.state.failure}")
         must(not set(decision.effects) & snapshot.busy, "C4: something under way was asked for")
+        now_s, opened = self.world.now_s, decision.state.next_generation > self.state.next_generation
+        must(not opened or self.again_s == inf or now_s >= self.again_s, f"C16: opened before {self.again_s}")
+        self.again_s = decision.again_s
         self.state = self.saved = decision.state
         pending = self.state.pending
         self.world.wanted = (self.state.serving, pending.record if pending is not None else None)
@@ -127,7 +132,8 @@ class Schedule:
         hung = any(w.hung_since_s is not None for w in world.workers.values())
         hidden = world.nodes_known != world.nodes_alive or bool(world.orphans) or bool(world.snapshot_lags())
         state = self.state
-        return not (world.busy or hung or hidden or state.pending is not None or state.operation is not None)
+        waits = state.pending is not None or state.operation is not None or self.again_s < inf
+        return not (world.busy or hung or hidden or waits)
 
     def _others(self) -> None:
         """What processes do of themselves."""
@@ -194,6 +200,7 @@ class Schedule:
         if before.operation is not None and self.state.operations[-1].id != before.operation.id:
             told = next(o for o in self.state.operations if o.id == before.operation.id)
             must(told.outcome == "superseded", f"C13: {told.id} is {told.outcome}, and another one was begun")
+        self.again_s = inf
         self.note(f"asked for {[layout.devices for layout in route]}")
 
     def _cancel(self) -> None:
@@ -220,7 +227,7 @@ class Schedule:
             switching = [effect for effect in world.busy if isinstance(effect, Commit)]
             effect = order.choice(switching if switching and order.random() < 0.5 else list(world.busy))
             faults += [lambda: world.fail(effect, after=False), lambda: world.fail(effect, after=True)]
-            faults += [lambda: world.double(effect)]
+            faults += [lambda: world.double(effect), lambda: world.hang_start(effect)]
         if workers:
             name = order.choice(workers)
             faults += [

@@ -23,6 +23,7 @@ FaultKind = Literal[
     "owner dies",
     "owner hangs",
     "both die",
+    "start hangs",
     "restart",
 ]
 _A = [(f"cpu-{i}", "a") for i in range(4)]
@@ -94,6 +95,7 @@ class OneFault(Schedule):
             "owner dies": lambda: pool in world.owners and world.end_owner(pool),
             "owner hangs": lambda: pool in world.owners and world.hang_owner(pool),
             "both die": lambda: (world.end_worker(name), pool in world.owners and world.end_owner(pool)),
+            "start hangs": lambda: world.hang_start(effect),
             "restart": self.restart,
         }
         self.note(f"FAULT {self.fault} at {effect}")

@@ -20,6 +20,8 @@ from concertina.orchestrator.core.facts import (
     PoolFact,
     ResizeKV,
     Snapshot,
+    StartOwner,
+    StartWorker,
     StopOwner,
     WorkerFact,
 )
@@ -68,6 +70,7 @@ class World:
     ever_prepared: dict[int, set[str]] = field(default_factory=dict)
     wanted: tuple[Record | None, Record | None] = (None, None)  # that serves, that is coming
     formed: bool = False  # the coming generation is past filling
+    stuck: set[str] = field(default_factory=set)  # workers and pools whose process hangs while it starts
     lost_pools: set[str] = field(default_factory=set)
     undisturbed: bool = False  # a generation runs, and nothing has been done to it since it began to
     _seen: dict[str, WorkerFact] = field(default_factory=dict)
@@ -177,6 +180,10 @@ class World:
         self.workers[name].failed = "its engine failed"
         self._disturb(self.workers[name])
 
+    def hang_start(self, effect: Effect) -> None:
+        if isinstance(effect, StartWorker | StartOwner):
+            self.stuck.add(effect.worker if isinstance(effect, StartWorker) else effect.pool)
+
     def hang_owner(self, name: str) -> None:
         self.owners[name].hung_since_s = self.now_s
 
@@ -240,6 +247,8 @@ class World:
         worker = self.workers.get(name)
         if worker is None or worker.hung_since_s is not None or worker.failed or generation in worker.abandoned:
             return True
+        if not self.with_it(name, generation):
+            return True  # it was started anew: members switch together
         return worker.serving == generation and bool(worker.parked)
 
     def running(self) -> set[int]:

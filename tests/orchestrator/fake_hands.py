@@ -245,6 +245,9 @@ class FakeHands:
         self.workers: list[FakeWorker] = []
         self.state: bytes | None = None
         self.alive = list(nodes)
+        self.placed = True  # whether what is started has a process
+        self.looks = 0  # at that
+        self.killed: list[str] = []
 
     async def nodes(self) -> list[NodeInfo]:
         return self.alive
@@ -267,7 +270,12 @@ class FakeHands:
         owners = {o.config_.name: o for o in self.owners if not o.dead}
         return Existing(owners, {w.config.name: ("here", w) for w in self.workers if not w.dead})
 
+    async def begun(self, name: str) -> bool:
+        self.looks += 1
+        return self.placed
+
     async def kill(self, name: str) -> None:
+        self.killed.append(name)
         for process in (*self.owners, *self.workers):
             if name in (getattr(process, "config_", None) or process.config).name:
                 process.dead = True

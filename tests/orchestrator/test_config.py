@@ -53,6 +53,7 @@ def test_whole_numbers_are_bytes(n: int) -> None:
         ({"hang_timeout_s": -1.0}, "hang-timeout: -1.0"),
         ({"hang_timeout_s": float("nan")}, "hang-timeout: nan"),
         ({"hang_timeout_s": float("inf")}, "hang-timeout: inf"),
+        ({"start_timeout_s": 0.0}, "start-timeout: 0.0"),
         ({"standbys": -1}, "standbys: -1"),
         ({"rebalance_s": float("nan")}, "rebalance-interval: nan"),
         ({"memory_mode": "both"}, "memory: 'both'; expected one of shared, separate"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from concertina.orchestrator.core.facts import (
     Commit,
+    Free,
     PoolFact,
     Prepare,
     ResizeKV,
@@ -18,6 +19,7 @@ from concertina.orchestrator.core.facts import (
     WorkerFact,
 )
 from concertina.orchestrator.core.layout import Layout, Seat
+from concertina.orchestrator.core.leftovers import yields
 from concertina.orchestrator.core.operations import request
 from concertina.orchestrator.core.state import Pending, Record, Stage, State
 from concertina.orchestrator.core.step import step
@@ -227,6 +229,17 @@ def test_nobodys_kv_grows_before_others_have_shrunk():
     assert step(state, replace(snapshot, workers=workers)).effects == (ResizeKV("worker-1", blocks),)
     workers = {"worker-0": replace(zero, kv_blocks=blocks - 1), "worker-1": one}
     assert step(state, replace(snapshot, workers=workers)).effects == (ResizeKV("worker-0", blocks),)
+
+
+@pytest.mark.parametrize("again", [{}, {"worker-0": WorkerFact("a")}])
+def test_kv_of_a_dead_member_yields_though_another_process_has_its_name(again):
+    """A recovery that was withdrawn may have started one; it maps nothing that it could give up."""
+    state, snapshot = _at_rest("separate", 0)
+    coming = Record(2, make_layout(TWO[:1], "solo", "separate"), ("worker-0",))
+    state = replace(state, pending=Pending(coming, Stage.YIELD, recovery=True))
+    others = {name: fact for name, fact in snapshot.workers.items() if name != "worker-0"}
+    snapshot = replace(snapshot, workers={**others, **again})
+    assert list(yields(state, snapshot)) == [Free("device/a/cpu-0", ("kv/cpu-0",))]
 
 
 def _switching(joiner: WorkerFact) -> tuple[State, Snapshot]:

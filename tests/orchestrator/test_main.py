@@ -65,7 +65,7 @@ def test_options_become_the_configuration(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("concertina.orchestrator.serving.serve_until_stopped", lambda *args: seen.append(args))
     options = "--workers 3 --device-memory 1GiB --exchange gloo --max-model-len 99 --no-prefix-caching --port 81"
     keys = "--api-key a --api-key b --served-model-name m --threads 2 --address local --ingress-replicas 3"
-    elastic = f"--memory separate --reserve-memory --standbys 2 --hang-timeout 5 --token {'t' * 16}"
+    elastic = f"--memory separate --reserve-memory --standbys 2 --hang-timeout 5 --start-timeout 9 --token {'t' * 16}"
     given = [*options.split(), *keys.split(), *elastic.split(), "--emulated-step-ms", "12.5"]
     done = CliRunner().invoke(serve.command, ["here", *given])
     assert done.exit_code == 0, done.output
@@ -78,6 +78,7 @@ def test_options_become_the_configuration(monkeypatch: pytest.MonkeyPatch) -> No
     assert config.engine.emulated_step_ms == 12.5
     assert config.reserve_memory
     assert (config.memory_mode, config.standbys, config.hang_timeout_s) == ("separate", 2, 5.0)
+    assert config.start_timeout_s == 9.0
     assert config.token == "t" * 16
     assert (config.endpoint.port, config.endpoint.api_keys, config.endpoint.model_name) == (81, ("a", "b"), "m")
     assert config.endpoint.replicas == 3

@@ -1,4 +1,4 @@
-"""The controller's decisions in a simulated cluster (C2, C4 and C9 to C14), by random histories and faults.
+"""The controller's decisions in a simulated cluster (C2, C4, C9 to C14 and C16), by random histories and faults.
 
 A history follows from its seed. To see one: ``python -m tests.orchestrator.test_simulation SEED``; to run more of
 them: ``python -m tests.orchestrator.test_simulation FIRST END``.

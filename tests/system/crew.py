@@ -158,6 +158,9 @@ class ProcessHands:
         workers = {n: ("here", cast(WorkerHandle, _Handle(m.ask))) for n, m in self.workers.items()}
         return Existing(owners, workers)
 
+    async def begun(self, name: str) -> bool:
+        return True
+
     async def kill(self, name: str) -> None:
         """A process that can end its worker is used again; one that cannot is killed."""
         member = self.workers.pop(name, None)

@@ -13,7 +13,10 @@ import ray
 from concertina.orchestrator import remote
 from concertina.orchestrator.config import NAMESPACE
 from concertina.orchestrator.ray_hands import RayHands, end_all
+from concertina.orchestrator.starting import started
+from concertina.workers.engine.scheduler import SchedulerConfig
 from concertina.workers.owner import OwnerConfig
+from concertina.workers.roles import WorkerConfig
 
 PAGE_BYTES = 2 << 20
 
@@ -35,6 +38,19 @@ class Keeper:
         config = OwnerConfig(f"{self.deployment}/{pool}", 4, PAGE_BYTES, "token")
         handle: Any = await self.hands.start_owner(nodes[int(pool.removeprefix("node-"))], config)
         return int(await handle.alive())
+
+    async def hire(self, limit_s: float) -> None:
+        """Start a worker on this node, and have its first answer."""
+        config = WorkerConfig("worker-0", "127.0.0.1", "t" * 16, 1, SchedulerConfig(max_model_len=64))
+
+        async def answering() -> None:
+            handle = await self.hands.start_worker(ray.get_runtime_context().get_node_id(), config)
+            await handle.report()
+
+        await started(self.hands, config.name, config.name, limit_s, answering())
+
+    async def begun(self, name: str) -> bool:
+        return await self.hands.begun(name)
 
     async def found(self) -> dict[str, int]:
         owners: dict[str, Any] = dict((await self.hands.existing()).owners)

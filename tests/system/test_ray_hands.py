@@ -17,6 +17,8 @@ import ray
 from concertina.errors import InternalError
 from concertina.orchestrator import remote
 from concertina.orchestrator.config import NAMESPACE
+from concertina.orchestrator.lifeline import Identity
+from ray._private.state import actors
 from ray.cluster_utils import Cluster
 
 from .command import Process, wait_for
@@ -156,6 +158,36 @@ def test_kill_returns_when_the_process_is_gone(
     assert other.runs
     assert remote.ask(keeper.found.remote()) == {beside: other.pid}
     assert start(keeper, pool).pid != owner.pid
+
+
+def test_whoever_has_a_process_has_begun(keeper: Any, request: pytest.FixtureRequest) -> None:
+    start(keeper)
+    assert remote.ask(keeper.begun.remote(f"{request.node.name}/node-0"))
+    assert not remote.ask(keeper.begun.remote("nobody"))
+
+
+@pytest.mark.parametrize("noted", [False, True])
+def test_a_worker_that_hangs_while_it_starts_is_killed(
+    keeper: Any, request: pytest.FixtureRequest, noted: bool
+) -> None:
+    """As soon as Ray has a process for it, and in its imports."""
+    deployment, actor = request.node.name, f"worker/{request.node.name}/worker-0"
+    starting = keeper.hire.remote(5.0)
+    wait_for(lambda: bool(_pid(actor)) and (not noted or Identity.noted(deployment, actor) is not None), lambda: "none")
+    worker = process(_pid(actor))
+    _stop(worker)
+    with pytest.raises(InternalError, match="worker-0 was started and gave no answer for 5 s; it was killed"):
+        remote.ask(starting, 60)
+    wait_for(lambda: not worker.runs, lambda: "the worker runs on")  # Ray takes five seconds where it has to do it
+    assert _pid(actor) == 0
+
+
+def _pid(actor: str) -> int:
+    try:
+        known = ray.get_actor(actor, NAMESPACE)
+    except ValueError:
+        return 0
+    return int(actors(known._actor_id.hex()).get("Pid", 0))
 
 
 def test_killing_nobody_is_no_error(keeper: Any) -> None:

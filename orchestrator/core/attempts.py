@@ -1,0 +1,43 @@
+"""How often, and how soon, what has failed is tried again. Pure.
+
+The first time at once: most often something has died, and what comes next does not need it. Then after pauses that
+double, in which whatever makes everything fail may pass. A recovery's are short, since clients wait for it; an
+operation's is longer, since nobody does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .state import State
+
+ATTEMPTS = 3  # of an operation: it has failed after 0 + 1 s of pauses
+RECOVERIES = 8  # in a row, or generations that broke as soon as they served: 0, 0.1, 0.2, ... 3.2 s, 6.3 s in all
+_SHORT_LIFE_S = 1.0
+_OPERATION_PAUSE_S = 1.0  # after two failures
+_RECOVERY_PAUSE_S = 0.1
+
+
+def opens_s(state: State) -> float:
+    """When the next generation may come; in the past if nothing has failed."""
+    failures = max(state.attempts, state.short_lives) if state.broken else state.attempts
+    first_s = _RECOVERY_PAUSE_S if state.broken else _OPERATION_PAUSE_S
+    return state.failed_s + (first_s * 2 ** (failures - 2) if failures > 1 else 0.0)
+
+
+def failed(state: State, now_s: float) -> State:
+    """The coming generation was withdrawn."""
+    return replace(state, attempts=state.attempts + 1, failed_s=now_s)
+
+
+def broke(state: State, now_s: float) -> State:
+    """The generation that serves does so no more; noted once."""
+    if state.broken:
+        return state
+    short = state.short_lives + 1 if now_s - state.served_since_s < _SHORT_LIFE_S else 0
+    return replace(state, broken=True, short_lives=short, failed_s=now_s)
+
+
+def mended(state: State) -> State:
+    """The generation that serves does so, though it was found broken: a node was silent, and is back."""
+    return replace(state, broken=False, attempts=0) if state.broken else state
