@@ -28,10 +28,12 @@ from .core.state import Leaving, Operation, OperationKind, Stage, State
 from .core.step import step
 from .deeds import Deeds, fault_is_lasting
 from .hands import Hands
+from .kv_deeds import KVDeeds
 from .placing import Site
 from .planfiles import model_spec
 from .planning import Context, plan_layout
 from .preview import Preview, preview
+from .registry import Registry
 from .report import member_list, operation_status, operation_statuses, pool_statuses, worker_statuses
 from .resize import drained, named_devices, named_node, rebalanced, resized, route
 from .seating import nodes_called
@@ -330,7 +332,8 @@ class Controller:
         return ModelFiles.open(self._config.checkpoint, self._config.dtype)
 
     def _begin(self, model: ModelFiles, layout: Layout) -> None:
-        self._deeds = Deeds(self._config, model, self._cluster, lambda: self._state)
+        registry = Registry(self._config, self._cluster, lambda: self._state)
+        self._deeds = Deeds(model, registry, KVDeeds(registry))
         site = Site(layout.seats, model_spec(model.config), self._config.spare_slots)
         self._balancer = Balancer(site, self._config.rebalance_s, self._config.loads_file, self._hands.now_s)
         self._loop = asyncio.create_task(self._run())
@@ -374,7 +377,7 @@ class Controller:
 
     async def _tell(self) -> None:
         """Wake who waits for the state, or the list of members, to change."""
-        heirs = self._deeds.heirs if self._deeds is not None else {}
+        heirs = self._deeds.kv.heirs if self._deeds is not None else {}
         listed = member_list(self._state, self._cluster, self._busy, heirs, self._members.version + 1)
         if replace(listed, version=self._members.version) != self._members:
             self._members = listed

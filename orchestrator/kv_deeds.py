@@ -1,0 +1,137 @@
+"""Effects on KV caches: their size, and who takes over that of a device that leaves. Knows no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Iterable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from ..errors import ConcertinaError
+from ..workers.generation import LEDGER_KEY, KVSource, kv_key
+from ..workers.pages.holds import PagesHeld
+from .cluster import Member, Pool
+from .core.facts import HandOver, ResizeKV
+from .core.leftovers import heirs_at_switch
+from .registry import Registry
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+_HELD_PAUSE_S = 0.05  # before pages that somebody still maps are tried again
+
+
+@dataclass(frozen=True, slots=True)
+class KVDeeds:
+    """What is done to KV.
+
+    Parameters
+    ----------
+    registry : Registry
+    heirs : dict
+        Devices that have the KV of others now, which left.
+    """
+
+    registry: Registry
+    heirs: dict[str, str] = field(default_factory=dict)
+
+    def inherits(self, worker: str) -> tuple[KVSource, ...]:
+        """KV of devices that leave, which this worker takes over at the switch."""
+        found = []
+        for device, heir in heirs_at_switch(self.registry.state()).items():
+            pool = self.registry.pool_of_device(device)
+            known = self.registry.cluster.pools.get(pool)
+            if heir == worker and known is not None and kv_key(device) in known.pages:
+                found.append(self._source(pool, known.pages[kv_key(device)]))
+        return tuple(found)
+
+    def heir_of(self, worker: str) -> str:
+        """The device whose worker takes this one's running sequences over at the switch, if it leaves then."""
+        state = self.registry.state()
+        serving = state.serving
+        if serving is None or worker not in serving.workers:
+            return ""
+        heir = heirs_at_switch(state).get(serving.layout.devices[serving.rank_of(worker)])
+        return "" if heir is None else serving.layout.devices[serving.rank_of(heir)]
+
+    async def resize(self, effect: ResizeKV) -> None:
+        """Extent, mapping and block count agree afterwards, whatever was left half done before."""
+        worker = self.registry.worker(effect.worker)
+        name = self.registry.pool_of_device(worker.report.device)
+        pool, key = self.registry.pool(name), kv_key(worker.report.device)
+        wanted = effect.blocks * self.registry.serving().layout.memory.kv_block_pages
+        mapped, _ = await asyncio.gather(worker.handle.kv_pages(), pool.refresh())
+        await self._claim(pool, key, mapped)
+        extent = pool.pages.get(key, ())
+        lack = wanted - len(extent)
+        if lack > 0:
+            extent = await pool.handle.extend(key, "kv", lack, len(extent))
+        spare = _without(extent, mapped)
+        mapped = await worker.handle.resize_kv(effect.blocks, spare[: max(0, wanted - len(mapped))])
+        if len(mapped) != len(extent):
+            await unheld(pool.handle.trim(key, mapped))
+
+    async def _claim(self, pool: Pool, key: str, mapped: Iterable[int]) -> None:
+        """Pages that a device maps belong to its extent, also those that it took over from another one."""
+        mine, claimed = set(mapped), False
+        for other, pages in pool.pages.items():
+            taken = [page for page in pages if page in mine]
+            if other != key and other.startswith(kv_key("")) and taken:
+                await pool.handle.relabel(other, taken, key)
+                claimed = True
+        if claimed:
+            await pool.refresh()
+
+    async def hand_over(self, effect: HandOver) -> None:
+        """What the heir has not taken at the switch; then the leaver is released, and what nobody wants freed."""
+        self.heirs.pop(effect.device, None)  # of an earlier time
+        members = self.registry.cluster.workers.values()
+        leaver = next((m for m in members if m.report.retired and m.report.device == effect.device), None)
+        heir = self.registry.cluster.workers.get(effect.heir)
+        pages = self.registry.pool(effect.pool).pages.get(kv_key(effect.device), ()) if effect.pool else ()
+        moved_to = ""
+        if heir is not None and pages:
+            moved_to = await self._inherit(effect, heir, pages)
+        if leaver is not None:
+            await leaver.handle.release(moved_to)
+        if effect.pool in self.registry.cluster.pools:
+            await unheld(self.registry.pool(effect.pool).handle.free([kv_key(effect.device)]))
+
+    def _source(self, pool: str, pages: tuple[int, ...]) -> KVSource:
+        return KVSource(self.registry.extents(pool, (LEDGER_KEY,)), self.registry.pool(pool).source, pages)
+
+    async def _inherit(self, effect: HandOver, heir: Member, pages: tuple[int, ...]) -> str:
+        """The device that has the KV now; empty if it could not be had in time, then it is computed again.
+
+        An owner that is lost raises: its successor has the same pages.
+        """
+        pool, device = self.registry.pool(effect.pool), heir.report.device
+        layout = self.registry.serving().layout
+        blocks = layout.kv_blocks(layout.devices.index(device))
+        source = self._source(effect.pool, pages)
+        until_s = self.registry.state().deadlines.get(effect.device)
+        left_s = None if until_s is None else max(0.0, until_s - self.registry.cluster.hands.now_s())
+        if self.registry.pool_of_device(device) == effect.pool:  # first, so that nobody else can inherit them too
+            await pool.handle.relabel(kv_key(effect.device), pages, kv_key(device))
+        try:
+            await asyncio.wait_for(heir.handle.adopt_kv(source, blocks), left_s)
+        except (ConcertinaError, TimeoutError) as e:
+            _log.warning("KV of %s is not handed over to %s: %s", effect.device, device, e or "too late")
+            return ""
+        self.heirs[effect.device] = device
+        return device
+
+
+async def unheld(freeing: Awaitable[T]) -> T | None:
+    """Pages that somebody still maps stay for now, and this returns None: the core asks again."""
+    try:
+        return await freeing
+    except PagesHeld as e:
+        _log.debug("%s; trying again", e)
+        await asyncio.sleep(_HELD_PAUSE_S)
+        return None
+
+
+def _without(pages: Iterable[int], others: Iterable[int]) -> tuple[int, ...]:
+    gone = set(others)
+    return tuple(page for page in pages if page not in gone)
