@@ -363,7 +363,7 @@ class Controller:
             if fact.failed:
                 _log.warning("%s has to be ended: %s", name, fact.failed)
         decision = step(self._state, snapshot)
-        changed, self._state = decision.state != self._state, decision.state
+        changed, self._state = decision.state.durable != self._state.durable, decision.state
         if changed:
             await self._save()
         if decision.reason != self._reason:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Literal
 
@@ -134,6 +134,17 @@ class State:
     deadlines: Mapping[str, float] = field(default_factory=dict)
     cordoned: frozenset[str] = frozenset()
     failure: str = ""
+
+    @property
+    def durable(self) -> State:
+        """What must outlive the controller before effects start.
+
+        How far the coming generation is follows from what is there, until it may be switched to.
+        """
+        pending = self.pending
+        if pending is None or pending.stage is Stage.COMMIT:
+            return self
+        return replace(self, pending=replace(pending, stage=Stage.YIELD))
 
     @property
     def operation(self) -> Operation | None:

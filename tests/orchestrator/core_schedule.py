@@ -93,7 +93,9 @@ class Schedule:
         now_s, opened = self.world.now_s, decision.state.next_generation > self.state.next_generation
         must(not opened or self.again_s == inf or now_s >= self.again_s, f"C16: opened before {self.again_s}")
         self.again_s = decision.again_s
-        self.state = self.saved = decision.state
+        self.state = decision.state
+        if self.state.durable != self.saved.durable:
+            self.saved = self.state
         pending = self.state.pending
         self.world.wanted = (self.state.serving, pending.record if pending is not None else None)
         self.world.formed = pending is not None and pending.stage in (Stage.PREPARE, Stage.COMMIT)
