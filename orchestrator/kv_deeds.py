@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ..errors import ConcertinaError
-from ..workers.generation import LEDGER_KEY, KVSource, kv_key
+from ..workers.generation import AT_SWITCH_BLOCKS, LEDGER_KEY, KVSource, kv_key
 from ..workers.pages.holds import PagesHeld
 from .cluster import Member, Pool
 from .core.facts import HandOver, ResizeKV
@@ -48,8 +48,8 @@ class KVDeeds:
     def heir_of(self, worker: str) -> str:
         """The device whose worker takes this one's running sequences over at the switch, if it leaves then."""
         state = self.registry.state()
-        serving = state.serving
-        if serving is None or worker not in serving.workers:
+        serving, member = state.serving, self.registry.worker(worker)
+        if serving is None or worker not in serving.workers or member.report.load.kv_blocks_used > AT_SWITCH_BLOCKS:
             return ""
         heir = heirs_at_switch(state).get(serving.layout.devices[serving.rank_of(worker)])
         return "" if heir is None else serving.layout.devices[serving.rank_of(heir)]

@@ -7,12 +7,14 @@ import mmap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from ..errors import ConcertinaError, InternalError
 from .device_kv import DeviceKV
 from .engine.engine import Engine
-from .generation import LEDGER_KEY, KVSource
+from .generation import AT_SWITCH_BLOCKS, LEDGER_KEY, KVSource
 from .kv.ledger import BlockRecord, Ledger, record_bytes
+from .pages.page_client import REQUEST_TIMEOUT_S
 from .pages.transfer import PageReader, open_pages
 
 _log = logging.getLogger(__name__)
@@ -20,10 +22,22 @@ _log = logging.getLogger(__name__)
 # Blocks on their way at a time: these are nobody's meanwhile, and running sequences may need blocks.
 _BATCH_BLOCKS = 16
 _AHEAD_BATCH_BLOCKS = 64  # more, because every batch costs two boundaries, and a switch waits for these
-_REST_BLOCKS = 64  # so many may be copied at the boundary itself, while nobody makes a step
+_REST_BLOCKS = 64  # so many may be left to copy at the boundary itself, while nobody makes a step
+_READ_S = 2.0  # for a request ahead or at the boundary; who is slower is left without
 
-_Known = tuple[tuple[int, ...], BlockRecord]
 _Content = tuple[bytes, tuple[int, ...]]
+
+
+class _Known(NamedTuple):
+    """A block of another device: its pages, and what its ledger says, at that number of `Ledger.changes`."""
+
+    pages: tuple[int, ...]
+    record: BlockRecord
+    changes: int
+
+    @property
+    def version(self) -> tuple[int, _Content]:
+        return self.changes, _content(self.record)
 
 
 def adopt(engine: Engine, kv: DeviceKV, source: KVSource, blocks: int) -> None:
@@ -93,10 +107,11 @@ class Inheritance:
         kv = self._kv
         try:
             for groups in self._near:
-                _map(engine, kv, [group for group in groups if kv.ledger.used(group[0])], kv.positions)
+                used = [group for group in groups if kv.ledger.used(group[0])]
+                _map(engine, kv, used[:AT_SWITCH_BLOCKS], kv.positions)
             for source, reader in self._readers:
                 rest = self._missing(source, reader)
-                blocks = engine.reserve(len(rest))
+                blocks = engine.reserve(min(len(rest), 2 * _REST_BLOCKS))
                 _fill(engine, kv, reader, blocks, rest[len(rest) - len(blocks) :])
         except (ConcertinaError, OSError) as e:
             _log.warning("KV of a device that left is not taken over at the switch: %s", e)
@@ -104,6 +119,7 @@ class Inheritance:
 
     def close(self) -> None:
         readers, self._readers = self._readers, []
+        self._found.clear()
         for _, reader in readers:
             reader.close()
 
@@ -113,23 +129,25 @@ class Inheritance:
             record = kv.ledger.read(page)
             if record is not None and len(record.tokens) == kv.block_tokens:
                 self._found[_content(record)] = page
-        try:
-            for source in self._far:
-                self._readers.append((source, _open(kv, source)))
-        except ConcertinaError as e:
-            _log.warning("KV of a device that leaves cannot be copied ahead: %s", e)
+        for source in self._far:
+            try:
+                self._readers.append((source, _open(kv, source, _READ_S)))
+            except ConcertinaError as e:
+                _log.warning("KV of a device that leaves cannot be copied ahead: %s", e)
         self._copy_full(engine, 0)
 
     def _copy_full(self, engine: Engine, tolerated: int) -> None:
-        try:
-            for source, reader in self._readers:
+        for source, reader in list(self._readers):
+            try:
                 self._copy_full_of(engine, source, reader, tolerated)
-        except (ConcertinaError, OSError) as e:
-            _log.warning("KV of a device that leaves is not copied ahead: %s", e)
+            except (ConcertinaError, OSError) as e:  # at the boundary it would be too much, or fail again
+                _log.warning("KV of a device that leaves is not copied ahead: %s", e)
+                self._readers.remove((source, reader))
+                reader.close()
 
     def _copy_full_of(self, engine: Engine, source: KVSource, reader: PageReader, tolerated: int) -> None:
         kv = self._kv
-        full = [known for known in self._missing(source, reader) if len(known[1].tokens) == kv.block_tokens]
+        full = [known for known in self._missing(source, reader) if len(known.record.tokens) == kv.block_tokens]
         while len(full) > tolerated and not self._abandoned():
             blocks = engine.reserve(min(len(full), _AHEAD_BATCH_BLOCKS))
             if not blocks:
@@ -140,12 +158,13 @@ class Inheritance:
             )  # beginnings first: ends need them
             pages = [kv.page_of(block) for block in blocks]
             _fill(engine, kv, reader, blocks, batch, lambda: _read_records(kv, source, reader, running=True))
-            self._found.update((_content(known[1]), page) for known, page in zip(batch, pages, strict=True))
+            self._found.update((_content(known.record), page) for known, page in zip(batch, pages, strict=True))
 
     def _missing(self, source: KVSource, reader: PageReader) -> list[_Known]:
         """Blocks of running sequences that are not here, the ends of sequences first."""
         running = _read_records(self._kv, source, reader, running=True)
-        return sorted((k for k in running if not self._is_here(k[1])), key=lambda known: known[1].eviction_rank)
+        missing = (known for known in running if not self._is_here(known.record))
+        return sorted(missing, key=lambda known: known.record.eviction_rank)
 
     def _is_here(self, record: BlockRecord) -> bool:
         page = self._found.get(_content(record))
@@ -161,8 +180,8 @@ def _map(engine: Engine, kv: DeviceKV, groups: Sequence[tuple[int, ...]], blocks
     kv.unmap(engine.adopt(list(zip(mapped, records, strict=True)), blocks))
 
 
-def _open(kv: DeviceKV, source: KVSource) -> PageReader:
-    reader = open_pages(source.source)
+def _open(kv: DeviceKV, source: KVSource, request_timeout_s: float = REQUEST_TIMEOUT_S) -> PageReader:
+    reader = open_pages(source.source, request_timeout_s=request_timeout_s)
     if reader.geometry.page_bytes != kv.pool.geometry.page_bytes:
         reader.close()
         raise InternalError(f"KV of {kv.device}: pool {reader.geometry.name!r} has pages of another size")
@@ -196,9 +215,9 @@ def _fill(
     records: list[BlockRecord | None] = [None] * len(blocks)
     try:
         if batch:
-            reader.read_into([page for pages, _ in batch for page in pages], [kv.memory(block) for block in blocks])
-        still = None if read_again is None else {pages: _content(record) for pages, record in read_again()}
-        records = [r if still is None or still.get(pages) == _content(r) else None for pages, r in batch]
+            reader.read_into([page for known in batch for page in known.pages], [kv.memory(b) for b in blocks])
+        still = None if read_again is None else {known.pages: known.version for known in read_again()}
+        records = [k.record if still is None or still.get(k.pages) == k.version else None for k in batch]
     finally:
         engine.adopt(list(zip(blocks, records, strict=True)), kv.positions)
 
@@ -210,8 +229,8 @@ def _missing(kv: DeviceKV, theirs: Sequence[_Known]) -> list[_Known]:
     """
     ours = (kv.ledger.read(group[0]) for group in kv.grouped(kv.pages))
     found = {_content(r) for r in ours if r is not None and not (r.used and len(r.tokens) < kv.block_tokens)}
-    missing = [known for known in theirs if _content(known[1]) not in found]
-    return sorted(missing, key=lambda known: known[1].eviction_rank)
+    missing = [known for known in theirs if _content(known.record) not in found]
+    return sorted(missing, key=lambda known: known.record.eviction_rank)
 
 
 def _content(record: BlockRecord) -> _Content:
@@ -229,5 +248,6 @@ def _read_records(kv: DeviceKV, source: KVSource, reader: PageReader, *, running
     memory = memoryview(mmap.mmap(-1, len(ledger_pages) * size))  # only what is read takes memory
     reader.read_into([ledger_pages[i] for i in wanted], [memory[i * size : (i + 1) * size] for i in wanted])
     ledger = Ledger(memory, stride, kv.block_tokens)
-    found = [(g, ledger.read(g[0])) for g in groups if not running or ledger.used(g[0])]
-    return [(group, record) for group, record in found if record is not None]
+    wanted_groups = [g for g in groups if not running or ledger.used(g[0])]
+    found = [(g, ledger.read(g[0]), ledger.changes(g[0])) for g in wanted_groups]
+    return [_Known(group, record, changes) for group, record, changes in found if record is not None]

@@ -126,5 +126,9 @@ def kv_key(device: str) -> str:
     return f"kv/{device}"
 
 
+AT_SWITCH_BLOCKS = 4096
+"""KV blocks that running sequences may have for a worker to hand them over as it leaves, while nobody makes a step. If
+they have more, it does so afterwards."""
+
 TRUNK_KEY = "trunk"
 LEDGER_KEY = "ledger"

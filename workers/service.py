@@ -184,6 +184,8 @@ class Service:
     def _recover(self, part: Part) -> None:
         """From a standstill the members meet again in the new generation, without a word in the old one."""
         self._join()
+        if part.inheritance is not None:
+            part.inheritance.close()  # there was no common boundary to take it at
         self.engine.recover(Swap(part.generation, part.decoder, part.exchange))
         with self._changed:
             self._offered = 0
@@ -208,8 +210,16 @@ class Service:
             self._end(Failed(f"{type(e).__name__}: {e}"))
         else:
             if end == "retired" and self._heir:
-                self.frontend.emit(self.engine.hand_over(self._heir, running=True))
+                self._part_with_running()
             self._end(Retired(self._offered) if end == "retired" else Parked("a member stopped the generation"))
+
+    def _part_with_running(self) -> None:
+        """The heir has what running sequences have: they go on there, and nothing of the KV is held here any more."""
+        try:
+            self.frontend.emit(self.engine.hand_over(self._heir, running=True))
+            self.part.kv.close()
+        except Exception:  # noqa: BLE001 - `release` hands over whatever is left
+            _log.exception("worker %s: its running sequences wait to be released", self._config.name)
 
     def _end(self, state: Parked | Retired | Failed) -> None:
         """The loop has ended; peers shall notice unless they have agreed to it."""
@@ -235,12 +245,14 @@ class Service:
         self._leave()
         if self.engine.generation != self.part.generation:
             with self._changed:
+                coming = self._parts[self.engine.generation]
+            if coming.inheritance is not None:  # before anybody hears of it: then pages of leavers may be freed
+                coming.inheritance.take(self.engine)
+            with self._changed:
                 self._left, self.part = self.part, self._parts.pop(self.engine.generation)
                 self._offered = 0
                 self._changed.notify_all()
             self._set_threads()
-            if self.part.inheritance is not None:
-                self.part.inheritance.take(self.engine)
 
     def _close(self) -> None:
         self.frontend.close()

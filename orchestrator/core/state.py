@@ -139,10 +139,11 @@ class State:
     def durable(self) -> State:
         """What must outlive the controller before effects start.
 
-        How far the coming generation is follows from what is there, until it may be switched to.
+        How far the coming generation is follows from what is there, until it may be switched to; but not whether its
+        members have met at a store, which ends with the controller.
         """
         pending = self.pending
-        if pending is None or pending.stage is Stage.COMMIT:
+        if pending is None or pending.stage is Stage.COMMIT or pending.record.layout.exchange not in ("solo", "shared"):
             return self
         return replace(self, pending=replace(pending, stage=Stage.YIELD))
 

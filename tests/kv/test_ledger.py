@@ -78,10 +78,42 @@ def test_a_kill_while_a_record_is_written_leaves_the_new_one_or_none(old: BlockR
 def test_the_format() -> None:
     memory = bytearray(2 * STRIDE)
     Ledger(memoryview(memory), STRIDE, SIZE).begin(1, BlockRecord(bytes(range(16)), (7, 258), True, 3))
-    expected = bytes([2, 0, 0, 0, 1, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, *range(16)]) + bytes(32)
+    expected = bytes([2, 0, 0, 0, 1, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, *range(16)]) + bytes([1]) + bytes(31)
     assert memory[STRIDE:] == (expected + bytes([7, 0, 0, 0, 2, 1, 0, 0])).ljust(STRIDE, b"\0")
     assert not any(memory[:STRIDE])
     assert (record_bytes(16), record_bytes(17), record_bytes(1)) == (128, 192, 128)
+
+
+def test_whatever_makes_a_block_hold_something_else_changes_its_number() -> None:
+    notes = ledger()
+    record = BlockRecord(ROOT, (1, 2, 3))
+    seen = {notes.changes(1)}
+    for change in (
+        lambda: notes.begin(1, record),
+        lambda: notes.cut(1, 2),
+        lambda: notes.clear(1),
+        lambda: notes.begin(1, record),
+    ):
+        change()
+        assert notes.changes(1) not in seen
+        seen.add(notes.changes(1))
+    notes.append(1, 3, [4])  # what it holds stays true
+    notes.mark(1, True, 8)
+    assert notes.changes(1) in seen
+    assert notes.changes(0) == 0
+
+
+def test_who_is_used_is_told_without_reading_the_record() -> None:
+    notes = ledger()
+    assert not notes.used(1)
+    notes.mark(1, True, 0)
+    assert not notes.used(1)  # nothing is in it yet
+    notes.begin(1, BlockRecord(ROOT, (1,), True, 0))
+    assert notes.used(1)
+    notes.mark(1, False, 4)
+    assert not notes.used(1)
+    assert not notes.used(-1)
+    assert not notes.used(PAGES)
 
 
 def test_pages_outside_say_nothing_and_misuse_is_an_error() -> None:

@@ -12,6 +12,8 @@ from multiprocessing.connection import Connection
 from concertina.errors import ConcertinaError
 from concertina.workers.worker import Worker
 
+_TELLING = ("prepare", "abandon", "commit")  # as `WorkerService` answers these
+
 
 class Desk:
     """Takes calls and sends their answers, each with the call's number."""
@@ -36,6 +38,8 @@ class Desk:
     def _call(self, worker: Worker | None, number: int, name: str, args: tuple[object, ...]) -> None:
         try:
             answer = getattr(worker, name)(*args)
+            if worker is not None and name in _TELLING:
+                answer = worker.report()
         except ConcertinaError as e:
             answer = e
         self._send(number, answer)

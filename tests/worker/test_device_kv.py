@@ -117,7 +117,9 @@ def test_steps_go_on_beside_a_slow_copy_and_a_failed_one_may_be_repeated(
     bring(workers, site.generation(["a", "b"]))
     leave = threading.Event()
     fails_at = [3]
-    monkeypatch.setattr(adoption, "open_pages", lambda source: FaultyReader(open_pages(source), fails_at[0], leave))
+    monkeypatch.setattr(
+        adoption, "open_pages", lambda source, **_: FaultyReader(open_pages(source), fails_at[0], leave)
+    )
     prompt = list(range(90))
     with clients() as client:
         assert client.start(workers[1], prompt, 8).finished() == "length"

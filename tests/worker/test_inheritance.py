@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from concertina.errors import InternalError
 from concertina.workers import adoption
-from concertina.workers.generation import Assignment
+from concertina.workers.generation import Assignment, kv_key
 from concertina.workers.pages.transfer import LocalPages, PageReader, PageSource, open_pages
 
 from ..model.loaded import Loaded
@@ -76,6 +76,24 @@ def test_running_sequences_go_on_at_once_and_nothing_is_computed_again(
         gc.enable()
 
 
+def test_a_leaver_holds_nothing_once_its_heir_has_what_runs(make_site: MakeSite, hire: Hire) -> None:
+    """Else pages that the heir gives up again could not be freed before the leaver is released."""
+    site, workers = make_site("a", "b", blocks=ROOM), [hire(), hire()]
+    bring(workers, site.generation(["a", "b"]))
+    with clients() as client:
+        stream = client.start(workers[1], PROMPTS[3], 120)
+        stream.wait_for(8)
+        bring(workers[:1], inheriting(site, ["a"], 0, "b"), workers[1], heir="a")
+        assert stream.finished() == "moved"
+        until(workers[1], lambda report: report.retired)
+        assert workers[1].worker.report().kv_blocks == 0
+        taken = set(workers[0].worker.kv_pages()) & set(site.kv("b"))
+        assert taken
+        site.node.trim(kv_key("b"), [page for page in site.kv("b") if page not in taken])
+        kept = workers[0].worker.resize_kv(20, ())
+        site.node.trim(kv_key("b"), [page for page in site.kv("b") if page not in kept])
+
+
 def test_who_waits_goes_on_only_once_the_rest_is_handed_over(make_site: MakeSite, hire: Hire, loaded: Loaded) -> None:
     """What it has computed before may be cached, and is not there at the switch."""
     site, workers = make_site("a", "b", blocks=ROOM), [hire(), hire()]
@@ -122,7 +140,7 @@ class Reads:
                     reads.pages.append(tuple(pages))
                 super().read_into(pages, segments, copied)
 
-        def opened(source: PageSource) -> PageReader:
+        def opened(source: PageSource, **_: float) -> PageReader:
             reader = open_pages(source)
             assert isinstance(reader, LocalPages)
             return Noted(reader._pool)

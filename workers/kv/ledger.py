@@ -4,7 +4,8 @@ The ledger is shared memory. Whoever writes it may be killed at any moment, and 
 believe more than what the KV holds. So ``fill`` decides: it is set to 0 before anything else of a record changes, and
 raised last. It is four aligned bytes, which are stored at once.
 
-A record, little-endian: fill u32, used u32, stamp u64, prefix 16 bytes, 32 reserved, then the tokens, i32 each.
+A record, little-endian: fill u32, used u32, stamp u64, prefix 16 bytes, changes u64, 24 reserved, then the tokens, i32
+each.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _HEADER_BYTES = 64
 _FILL, _USED = 0, 1  # in 4-byte words
 _STAMP = 1  # in 8-byte words
 _PREFIX = 16  # in bytes
+_CHANGES = 4  # in 8-byte words
 _TOKENS = _HEADER_BYTES // 4  # in 4-byte words
 _STAMP_MASK = (1 << 64) - 1
 
@@ -95,12 +97,12 @@ class Ledger:
 
     def clear(self, page: int) -> None:
         """Nothing is known of the page's block from here on."""
-        self._words[page * self._stride // 4 + _FILL] = 0
+        self._lower(page, 0)
 
     def begin(self, page: int, record: BlockRecord) -> None:
         """Write a whole record anew."""
         start = page * self._stride
-        self._words[start // 4 + _FILL] = 0
+        self._lower(page, 0)
         self._bytes[start + _PREFIX : start + _PREFIX + PREFIX_BYTES] = record.prefix
         self.mark(page, record.used, record.stamp)
         self.append(page, 0, record.tokens)
@@ -120,7 +122,7 @@ class Ledger:
 
     def cut(self, page: int, fill: int) -> None:
         """Keep only the first ``fill`` tokens of a record that has at least as many."""
-        self._words[page * self._stride // 4 + _FILL] = fill
+        self._lower(page, fill)
 
     def mark(self, page: int, used: bool, stamp: int) -> None:
         """Note whether a running sequence has the block, and the `BlockRecord.stamp`."""
@@ -143,10 +145,20 @@ class Ledger:
         prefix = bytes(self._bytes[start + _PREFIX : start + _PREFIX + PREFIX_BYTES])
         return BlockRecord(prefix, tokens, bool(self._words[start // 4 + _USED]), self._longs[start // 8 + _STAMP])
 
+    def changes(self, page: int) -> int:
+        """A number that is another one once the block may hold something else than its record said before."""
+        return self._longs[page * self._stride // 8 + _CHANGES]
+
     def used(self, page: int) -> bool:
         """Whether a running sequence has the page's block, with at least one token in it. Quicker than `read`."""
         word = page * self._stride // 4
         return 0 <= page < self.pages and bool(self._words[word + _FILL] and self._words[word + _USED])
+
+    def _lower(self, page: int, fill: int) -> None:
+        start = page * self._stride
+        self._words[start // 4 + _FILL] = fill
+        at = start // 8 + _CHANGES
+        self._longs[at] = (self._longs[at] + 1) & _STAMP_MASK
 
     def close(self) -> None:
         """Let go of the memory; the ledger must not be used any more."""

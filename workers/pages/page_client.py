@@ -36,6 +36,8 @@ class RemotePages:
     token : str
     timeout_s : float
         For connecting and being let in.
+    request_timeout_s : float
+        For all of a request.
 
     Raises
     ------
@@ -45,7 +47,15 @@ class RemotePages:
         Nobody answers, or what answers is no page server of this version.
     """
 
-    def __init__(self, host: str, port: int, token: str, timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        token: str,
+        timeout_s: float = 10.0,
+        request_timeout_s: float = REQUEST_TIMEOUT_S,
+    ) -> None:
+        self._request_timeout_s = request_timeout_s
         self._where = f"page server {host}:{port}"
         try:
             self._socket = socket.create_connection((host, port), timeout_s)
@@ -77,7 +87,7 @@ class RemotePages:
         check_request(self.geometry, pages, segments)
         memory = _Memory(segments)
         for request, nbytes in _requests(self.geometry, pages):
-            deadline_s = time.monotonic() + REQUEST_TIMEOUT_S
+            deadline_s = time.monotonic() + self._request_timeout_s
             try:
                 self._ask(request, deadline_s)
                 for part in memory.take(nbytes):
@@ -89,7 +99,7 @@ class RemotePages:
                 copied(nbytes)
 
     def _ask(self, request: Sequence[tuple[int, int]], deadline_s: float) -> None:
-        self._socket.settimeout(REQUEST_TIMEOUT_S)
+        self._socket.settimeout(self._request_timeout_s)
         self._socket.sendall(COUNT.pack(len(request)) + b"".join(RUN.pack(*run) for run in request))
         length = COUNT.unpack(receive(self._socket, memoryview(bytearray(COUNT.size)), deadline_s))[0]
         if length:

@@ -14,7 +14,7 @@ from typing import Protocol
 from ...errors import ConcertinaError, InternalError
 from .backend import PoolGeometry
 from .memfd import MemfdPool
-from .page_client import RemotePages
+from .page_client import REQUEST_TIMEOUT_S, RemotePages
 from .scatter import check_request, paired_runs, scatter
 from .sharing import fetch_pool
 
@@ -75,8 +75,8 @@ class PageReader(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-def open_pages(source: PageSource, timeout_s: float = 10.0) -> PageReader:
-    """A reader of the pool at ``source``.
+def open_pages(source: PageSource, timeout_s: float = 10.0, request_timeout_s: float = REQUEST_TIMEOUT_S) -> PageReader:
+    """A reader of the pool at ``source``; see `RemotePages` for the times.
 
     Raises
     ------
@@ -94,7 +94,7 @@ def open_pages(source: PageSource, timeout_s: float = 10.0) -> PageReader:
             _log.debug("%s; trying %s:%d", e, source.host, source.port)
     if not source.port:
         raise InternalError("pages of a peer: neither a socket nor a port is known")
-    return RemotePages(source.host, source.port, source.token, timeout_s)
+    return RemotePages(source.host, source.port, source.token, timeout_s, request_timeout_s)
 
 
 class LocalPages:
