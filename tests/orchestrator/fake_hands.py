@@ -15,6 +15,7 @@ from concertina.workers.loading import Piece
 from concertina.workers.owner import OwnerConfig, OwnerReport
 from concertina.workers.pages.table import ExtentRequest
 from concertina.workers.pages.transfer import CopyPlan, PageSource
+from concertina.workers.protocol import EngineLoad
 from concertina.workers.roles import WorkerConfig, WorkerReport
 
 
@@ -133,6 +134,7 @@ class FakeWorker:
     device: str = ""
     kv: tuple[int, ...] = ()
     left_to: str = ""
+    load: EngineLoad = field(default_factory=EngineLoad)
     serials: Iterator[int] = field(default_factory=lambda: count(1))
     released_to: str | None = None
     dead: bool = False
@@ -220,6 +222,7 @@ class FakeWorker:
             retired=self.retired,
             device=self.device,
             kv_blocks=blocks,
+            load=self.load,
             serial=next(self.serials),
             address=(self.config.host, 9000 + self.number) if self.serving or self.retired else None,
         )

@@ -19,6 +19,8 @@ from concertina.orchestrator.core.layout import Layout
 from concertina.orchestrator.hands import NodeInfo
 from concertina.orchestrator.preview import Preview
 from concertina.orchestrator.status import OperationStatus
+from concertina.workers.generation import AT_SWITCH_BLOCKS
+from concertina.workers.protocol import EngineLoad
 
 from ..checkpoints import make_checkpoint
 from .fake_hands import FakeHands, FakeWorker
@@ -363,6 +365,21 @@ def test_leavers_and_their_heirs_know_each_other_before_the_switch(checkpoint: P
                 assert pool in {s.pool.name for s in heirs[leaver.left_to]}
                 assert leaver.released_to == leaver.left_to
             assert [w.left_to for w in hands.workers[:2]] == ["", ""]
+
+    asyncio.run(go())
+
+
+def test_who_has_too_much_hands_it_over_behind_the_switch(checkpoint: Path) -> None:
+    """What is taken at the switch keeps everybody from making a step."""
+
+    async def go() -> None:
+        for used, left_to in ((AT_SWITCH_BLOCKS, "cpu-0"), (AT_SWITCH_BLOCKS + 1, "")):
+            async with controlled(checkpoint, 2) as (controller, hands, token):
+                hands.workers[1].load = EngineLoad(kv_blocks_used=used)
+                await controller.status()  # asks everybody
+                assert (await done(controller, token, await controller.scale(token, 1))).state == "done"
+                assert hands.workers[1].left_to == left_to
+                assert hands.workers[1].released_to == "cpu-0"
 
     asyncio.run(go())
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from concertina.errors import InternalError
 from concertina.workers import adoption
+from concertina.workers.engine.engine import Engine
 from concertina.workers.generation import Assignment, kv_key
 from concertina.workers.pages.transfer import LocalPages, PageReader, PageSource, open_pages
 
@@ -74,6 +75,24 @@ def test_running_sequences_go_on_at_once_and_nothing_is_computed_again(
         assert workers[1].worker.report().device == ""
     finally:
         gc.enable()
+
+
+def test_nobody_hears_of_the_switch_before_the_heir_has_taken_over(
+    make_site: MakeSite, hire: Hire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From then on the leaver's pages may be freed."""
+    site, workers = make_site("a", "b", blocks=ROOM, separate=True), [hire(), hire()]
+    before = bring(workers, site.generation(["a", "b"]))
+    said: list[int] = []
+    take = adoption.Inheritance.take
+
+    def noted(inheritance: adoption.Inheritance, engine: Engine) -> None:
+        take(inheritance, engine)
+        said.append(workers[0].worker.report().serving)
+
+    monkeypatch.setattr(adoption.Inheritance, "take", noted)
+    bring(workers[:1], inheriting(site, ["a"], 0, "b"), workers[1], heir="a")
+    assert said == [before]
 
 
 def test_a_leaver_holds_nothing_once_its_heir_has_what_runs(make_site: MakeSite, hire: Hire) -> None:
