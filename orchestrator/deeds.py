@@ -122,7 +122,9 @@ class Deeds:
         try:
             address = await lender.handle.lend(effect.pool)
         except InternalError:
-            return False  # it does not map that pool
+            return False  # it has died
+        if address is None:
+            return False
         try:
             await self._new_owner(effect, config, address)
         except ConcertinaError as e:

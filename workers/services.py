@@ -209,7 +209,7 @@ class WorkerService:
     def release(self, moved_to: str) -> None:
         self._worker.release(moved_to)
 
-    def lend(self, pool: str) -> str:
+    def lend(self, pool: str) -> str | None:
         return self._worker.lend(pool)
 
     def report(self) -> WorkerReport:

@@ -206,24 +206,26 @@ class Worker:
                 self._service = None
                 parts = list(self._parts.values())  # their KV is that of the device, which is another's now
                 self._parts.clear()
+                lent, self._lent = self._lent, {}  # an owner that took one over holds it by itself
                 self._changed.notify_all()
             for part in parts:
                 part.close()
+            for server in lent.values():
+                server.close()
             del service
             self._let_go_if_idle()
 
-    def lend(self, pool: str) -> str:
+    def lend(self, pool: str) -> str | None:
         """Serve a pool that is mapped here, for an owner that is to take it over; returns the address.
 
-        Raises
-        ------
-        InternalError
-            Nothing of a pool of that name is mapped here.
+        None if nothing of a pool of that name is mapped here. That is no error: a traceback would keep what is.
         """
         with self._changed:
             if pool not in self._lent:
-                found, token = self._find_pool(pool)
-                self._lent[pool] = PoolServer(found, token, f"@concertina/lent/{secrets.token_hex(8)}")
+                found = self._find_pool(pool)
+                if found is None:
+                    return None
+                self._lent[pool] = PoolServer(*found, f"@concertina/lent/{secrets.token_hex(8)}")
             return self._lent[pool].address
 
     def report(self) -> WorkerReport:
@@ -350,10 +352,11 @@ class Worker:
             raise InternalError(f"worker {self.config.name} serves no generation")
         return service, kv
 
-    def _find_pool(self, name: str) -> tuple[MemfdPool, str]:
+    def _find_pool(self, name: str) -> tuple[MemfdPool, str] | None:
+        """A pool that is mapped here, and its token."""
         parts = list(self._parts.values()) + ([self._service.part] if self._service is not None else [])
         for part in parts:
             for extents in (part.assignment.node, part.assignment.device):
                 if extents.name == name:
                     return part.pools[name], extents.token
-        raise InternalError(f"worker {self.config.name} maps nothing of pool {name!r}")
+        return None

@@ -194,12 +194,11 @@ class FakeWorker:
         await self._alive()
         self.released_to, self.retired, self.device, self.kv = moved_to, 0, "", ()
 
-    async def lend(self, pool: str) -> str:
+    async def lend(self, pool: str) -> str | None:
         await self._alive()
         part = self.prepared.get(self.serving)
-        if part is None or pool not in (part.device.name, part.node.name):
-            raise InternalError(f"it maps nothing of {pool}")
-        return f"@lent/{pool}"
+        mapped = part is not None and pool in (part.device.name, part.node.name)
+        return f"@lent/{pool}" if mapped else None
 
     @property
     def _block_pages(self) -> int:

@@ -41,7 +41,9 @@ class Desk:
             if worker is not None and name in _TELLING:
                 answer = worker.report()
         except ConcertinaError as e:
-            answer = e
+            # Not kept in a variable: its traceback has this frame, and those of a worker that hold what it maps.
+            self._send(number, e)
+            return
         self._send(number, answer)
 
     def _send(self, number: int, answer: object) -> None:
