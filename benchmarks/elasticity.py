@@ -48,7 +48,7 @@ class Options:
     checkpoints, modes : tuple of str
     repeats, other_repeats : int
         Of changes and kills; and of the other ways to another size, which take three times as long. With emulated
-        steps changes are measured twice as often, and no other ways.
+        steps changes are measured twice as often.
     threads : int
         Compute threads of each worker.
     quick : bool
@@ -80,10 +80,6 @@ class Options:
     def rounds(self, mode: Mode) -> int:
         """How often changes are measured."""
         return self.repeats * (EMULATED_ROUNDS if emulates(mode) else 1)
-
-    def other_rounds(self, mode: Mode) -> int:
-        """How often the other ways are: they say nothing of emulated steps."""
-        return 0 if emulates(mode) else self.other_repeats
 
     def pictured(self, checkpoint: str) -> Mode | None:
         """The mode that the picture is of: the last one with steps of their own length."""
@@ -121,13 +117,13 @@ class Bench:
         labels = {"checkpoint": name, "what": what, "weight_bytes": weight_bytes(checkpoint), "mode": mode}
         if step_ms:
             labels["emulated_step_ms"] = step_ms
-        await asyncio.to_thread(self._restarts, labels, config, options.other_rounds(mode))
+        await asyncio.to_thread(self._restarts, labels, config)
         session = await Session.start(config, self.sampler, clients, vocabulary, options.watch_s)
         try:
             for repeat in range(options.rounds(mode)):
                 numbered = {**labels, "repeat": repeat}
                 await self._changes(session, numbered, kills=repeat < options.repeats)
-                if repeat < options.other_rounds(mode):
+                if repeat < options.other_repeats:
                     await self._other_ways(session, numbered)
             if mode == options.pictured(name):
                 await session.running.scale(PICTURED[0])
@@ -135,13 +131,13 @@ class Bench:
         finally:
             await session.stop()
             self.rows.append({**labels, "case": "streams", "dtype": model.dtype, "clients": clients, **session.streams})
-        if not options.quick and not emulates(mode):
+        if not options.quick:
             changed = [row for row in self.rows if row["case"] == "change" and labels.items() <= row.items()]
             for row in bare_copies(changed):
                 self._keep({**labels, **row})
 
-    def _restarts(self, labels: Row, config: DeploymentConfig, repeats: int) -> None:
-        for repeat in range(repeats):
+    def _restarts(self, labels: Row, config: DeploymentConfig) -> None:
+        for repeat in range(self.options.other_repeats):
             for row in serve_restarts(config, self.options.changes):
                 self._keep({**labels, "repeat": repeat, **row})
 

@@ -58,6 +58,8 @@ def _command(config: DeploymentConfig, endpoint: Endpoint, workers: int) -> list
     given = [f"--{name}={value}" for name, value in options.items() if value is not None]
     if config.reserve_memory:
         given.append("--reserve-memory")
+    if config.engine.emulated_step_ms:
+        given.append(f"--emulated-step-ms={config.engine.emulated_step_ms}")
     return [sys.executable, "-m", "concertina", "serve", config.checkpoint, *given]
 
 

@@ -119,7 +119,7 @@ class DeploymentConfig:
     exchange_timeout_s : float
         A peer that does not answer for so long counts as hung.
     memory_mode : {"shared", "separate"}
-        Whether the devices of a node share its memory, or have one of their own each.
+        Whether the devices of a node share its memory, or have one of their own each, which keep what they have taken.
     reserve_memory : bool
         Whether devices with memory of their own take all of it at the start and keep it.
     standbys : int

@@ -110,6 +110,7 @@ class Deeds:
             self._config.token,
             host=self.registry.node_host(effect.node),
             ledger_record_bytes=layout.ledger_record_bytes,
+            keep=not is_node_pool(effect.pool),
             reserve=self._config.reserve_memory and not is_node_pool(effect.pool),
         )
         for lender in list(self._cluster.workers.values()):

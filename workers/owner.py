@@ -23,7 +23,7 @@ from .pages.ranges import MemfdRange
 from .pages.records import LedgerRecords, ledger_pages
 from .pages.reservation import Reservation
 from .pages.sharing import PoolServer, fetch_pool
-from .pages.store import TableStore, open_pool
+from .pages.store import TABLE_KEY, TableStore, open_pool
 from .pages.table import Extent, ExtentRequest, PageTable, Purpose
 from .pages.transfer import PageSource
 
@@ -51,6 +51,8 @@ class OwnerConfig:
         Of a page's record in the pool's ledger; 0: no ledger.
     host : str
         Address of this node, at which other nodes read pages.
+    keep : bool
+        Keep the memory of freed pages until nothing is left in the pool: what comes next need not wait for any.
     reserve : bool
         Take all of the pool's memory from the system, beside what else is done, and keep it until the owner ends.
     """
@@ -63,7 +65,13 @@ class OwnerConfig:
     address: str | None = None
     ledger_record_bytes: int = 0
     host: str = "127.0.0.1"
+    keep: bool = False
     reserve: bool = False
+
+    @property
+    def keeps(self) -> bool:
+        """Whether pages may begin with what was there before."""
+        return self.keep or self.reserve
 
     @property
     def geometry(self) -> PoolGeometry:
@@ -159,7 +167,7 @@ class MemoryOwner:
             owner._store = TableStore(pool)
             owner._table = owner._store.read()
             owner._find_ledger()
-            if not config.reserve:
+            if not owner._keeps_now(owner._table):
                 owner._empty_free_pages()
         except Exception:
             owner.close()
@@ -193,6 +201,11 @@ class MemoryOwner:
         ledger = self._table.extents.get(LEDGER_KEY)
         pages = ledger.pages if ledger else ()
         self._records = LedgerRecords(self.pool, pages, self.config.ledger_record_bytes)
+
+    def _keeps_now(self, table: PageTable) -> bool:
+        """Whether pages that are free in ``table`` keep their memory."""
+        own = (TABLE_KEY, LEDGER_KEY)
+        return self.config.reserve or (self.config.keep and any(key not in own for key in table.extents))
 
     def _empty_free_pages(self) -> None:
         """The old owner may have died between noting pages as free and giving their memory back."""
@@ -284,11 +297,12 @@ class MemoryOwner:
             if held:
                 raise PagesHeld(self.pool.geometry.name, tuple(held))
             self._commit(table)
-            if self.config.reserve:
+            if self._keeps_now(table):
                 return
-            for pages in gone.values():
-                self.pool.punch(pages)
-                self._huge.forget(runs(pages))
+            back = table.free_runs if self.config.keep else [run for pages in gone.values() for run in runs(pages)]
+            for first, count in back:
+                self.pool.punch(range(first, first + count))
+            self._huge.forget(back)
 
     def _enter(self, purpose: Purpose, pages: Sequence[int]) -> None:
         """Before pages become KV their records are emptied, or a reader would take them for some earlier KV.
@@ -297,7 +311,7 @@ class MemoryOwner:
         """
         if purpose == "kv":
             self._records.clear(pages)
-        elif self.config.reserve and purpose not in _WRITTEN_PURPOSES:
+        elif self.config.keeps and purpose not in _WRITTEN_PURPOSES:
             self._window.clear(pages)
 
     def held(self, *keys: str) -> list[str]:

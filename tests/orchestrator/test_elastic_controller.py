@@ -222,18 +222,20 @@ def test_memory_of_its_own_is_ready_for_the_next_device(checkpoint: Path) -> Non
     asyncio.run(go())
 
 
-def test_only_devices_reserve_their_memory(checkpoint: Path) -> None:
+def test_only_devices_keep_and_reserve_their_memory(checkpoint: Path) -> None:
     """A node's pool has addresses for much that never comes."""
 
-    async def go(reserve: bool) -> dict[str, bool]:
+    async def go(reserve: bool) -> dict[str, tuple[bool, bool]]:
         options = {"standbys": 1, "memory_mode": "separate", "reserve_memory": reserve}
         async with controlled(checkpoint, 1, **options) as (_, hands, _):
             await until(lambda: len(hands.owners) == 3)
-            return {owner.config_.name.partition("/")[2]: owner.config_.reserve for owner in hands.owners}
+            configs = [owner.config_ for owner in hands.owners]
+            return {config.name.partition("/")[2]: (config.keep, config.reserve) for config in configs}
 
-    expected = {"node/here": False, "device/here/cpu-0": True, "device/here/cpu-1": True}
-    assert asyncio.run(go(True)) == expected
-    assert asyncio.run(go(False)) == dict.fromkeys(expected, False)
+    for reserve in (True, False):
+        device = (True, reserve)
+        expected = {"node/here": (False, False), "device/here/cpu-0": device, "device/here/cpu-1": device}
+        assert asyncio.run(go(reserve)) == expected
 
 
 def test_a_kill_does_not_wait_for_planning(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -342,6 +342,47 @@ def test_a_pool_that_reserves_its_memory_keeps_it(huge_pages: bool) -> None:
     adopted.close()
 
 
+def test_a_pool_keeps_freed_memory_until_nothing_is_left_in_it() -> None:
+    """P12."""
+    config = replace(CONFIG, name=CONFIG.name + "-keeps", huge_pages=False, ledger_record_bytes=64, keep=True)
+    owner = MemoryOwner(config)
+    empty = owner.stats().resident_bytes
+    extents = owner.allocate_all([ExtentRequest("expert/0/0", "experts", 9), ExtentRequest("kv/w0", "kv", 20)])
+    for extent in extents:
+        map_pages(owner.pool, extent.pages).memory()[:] = b"x" * (len(extent.pages) * PAGE)
+    full = owner.stats().resident_bytes
+    assert full == empty + 29 * PAGE
+    owner.trim("kv/w0", extents[1].pages[5:])
+    owner.free("expert/0/0")
+    assert owner.stats().resident_bytes == full
+    again = owner.allocate_all([ExtentRequest("expert/0/1", "experts", 6), ExtentRequest("exchange/1", "exchange", 6)])
+    assert owner.stats().resident_bytes == full
+    assert not as_tensor(owner, "exchange/1", torch.uint8, (6 * PAGE,)).any(), "only weights and KV begin with it"
+    assert {page for extent in again for page in extent.pages} <= {page for extent in extents for page in extent.pages}
+    fd = os.dup(owner.pool.fd)
+    owner.close()
+    adopted = MemoryOwner.adopt(config, fd)
+    os.close(fd)
+    assert adopted.stats().resident_bytes == full
+    adopted.free("exchange/1", "kv/w0")
+    assert adopted.stats().resident_bytes == full
+    adopted.free("expert/0/1")
+    assert adopted.stats().resident_bytes == empty
+    adopted.close()
+
+
+def test_what_an_owner_that_died_did_not_give_back_goes_when_its_empty_pool_is_adopted() -> None:
+    config = replace(CONFIG, name=CONFIG.name + "-late", huge_pages=False, keep=True)
+    owner = MemoryOwner(config)
+    empty, fd = owner.stats().resident_bytes, os.dup(owner.pool.fd)
+    map_pages(owner.pool, range(100, 110)).memory()[:] = b"x" * (10 * PAGE)
+    owner.close()
+    adopted = MemoryOwner.adopt(config, fd)
+    os.close(fd)
+    assert adopted.stats().resident_bytes == empty
+    adopted.close()
+
+
 def test_a_pool_serves_on_where_not_all_of_its_memory_can_be_reserved(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
