@@ -172,17 +172,17 @@ def _lack(work: _Work, unit: int) -> Lack:
 def _refine_all(works: list[_Work], rules: ReplanRules, start_s: float) -> str:
     """Small programs, worst layers first; returns why it ended."""
 
-    def in_time() -> bool:
-        return rules.stop.now() - start_s < rules.stop.time_limit_s
+    def left_s() -> float:
+        return start_s + rules.stop.time_limit_s - rules.stop.now()
 
     for work in sorted(works, key=_urgency):
-        if not finished(work.search) and in_time():
+        if not finished(work.search) and left_s() > 0:
             rounds = rules.refine.rounds * (1 if work.reached else _MORE_ROUNDS)
             options = replace(rules.refine, rounds=rounds)
-            work.search = refine(work.search, options, rules.seed + work.layer.layer, in_time)
+            work.search = refine(work.search, options, rules.seed + work.layer.layer, left_s)
     if all(finished(w.search) for w in works):
         return "balanced with the fewest bytes possible"
-    if not in_time():
+    if left_s() <= 0:
         return "time limit"
     if all(w.reached for w in works):
         return "balanced; fewer bytes not found"

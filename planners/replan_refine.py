@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 from .milp import MilpOptions
 from .replan_exact import improve_exactly
@@ -31,7 +32,7 @@ class RefineOptions:
     nodes : int
         Branch-and-bound nodes per program.
     seconds : float or None
-        Time limit of one program.
+        Time limit of one program, where less is not left.
     """
 
     rounds: int = 6
@@ -68,16 +69,18 @@ def _smallest_step(task: LayerTask) -> float:
 
 
 def refine(
-    search: ReplanSearch, options: RefineOptions, seed: int, may_go_on: Callable[[], bool] = lambda: True
+    search: ReplanSearch, options: RefineOptions, seed: int, left_s: Callable[[], float] = lambda: inf
 ) -> ReplanSearch:
-    """Re-arrange a few devices at a time while it helps; never worse than ``search``."""
+    """Re-arrange a few devices at a time while it helps and time is left; never worse than ``search``."""
     rng = random.Random(seed)
     best, failures = search, 0
     for _ in range(options.rounds):
-        if finished(best) or best.unplaced or not may_go_on():
+        seconds = min(left_s(), inf if options.seconds is None else options.seconds)
+        if finished(best) or best.unplaced or seconds <= 0:
             break
         devices, wanted = _part(best, options, failures, rng)
-        limits = MilpOptions(options.seconds, 1e-4, node_limit=options.nodes, warm_start=True)
+        limit_s = None if seconds == inf else seconds
+        limits = MilpOptions(limit_s, 1e-4, node_limit=options.nodes, warm_start=True)
         state = improve_exactly(best.task, best.state, devices, wanted, limits)
         other = ReplanSearch(best.task, state or best.state)
         other.relieve()

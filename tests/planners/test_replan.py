@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 
 import numpy as np
 import pytest
 from concertina.errors import OperatorError
+from concertina.planners import replan_refine
 from concertina.planners.advise import Horizon, advise, resplit
 from concertina.planners.check import check_placement
 from concertina.planners.check_migration import check_migration
@@ -279,6 +281,25 @@ def test_refining_never_makes_it_worse(seed: int, devices: int, experts: int) ->
     assert better.score <= first.score
     if finished(better):
         assert task.least_bytes() <= task.new_bytes(better.state) + 1e-9
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(1.0, [1.0, 0.25]), (None, [None, 0.25])])
+def test_no_program_gets_more_time_than_is_left(
+    monkeypatch: pytest.MonkeyPatch, seconds: float | None, expected: list[float | None]
+) -> None:
+    """A resize has 50 ms to plan, and its programs alone may take a second each."""
+    task = plain_task([5.0, 3.0, 2.0, 1.0], [{0}, {0}, {0}, {0}], [4.0] * 3, 4)
+    first, left_s = plan_greedy(task), iter([inf, 0.25, -0.01])
+    limits: list[float | None] = []
+
+    def improve(_task: LayerTask, state: Routing, _devices: object, _wanted: object, given: MilpOptions) -> Routing:
+        limits.append(given.time_limit_s)
+        return state
+
+    monkeypatch.setattr(replan_refine, "improve_exactly", improve)
+    monkeypatch.setattr(replan_refine, "finished", lambda _search: False)
+    refine(first, RefineOptions(seconds=seconds), 0, lambda: next(left_s))
+    assert limits == expected
 
 
 def migrated(problem: PlacementProblem, answer: Replan) -> Migration:
