@@ -35,7 +35,7 @@ PICTURED = (2, 1)  # one transition with everything in it: room, weights, the sw
 CLIENTS = {"demo": 8, "large": 4}
 EMULATED_STEP_MS = {"demo": 15.0, "large": 150.0}  # twice what the computation takes, or more
 EMULATED_ROUNDS = 2  # of changes per repeat: they are quick, and a window of few steps is noisy
-_NOT_WORTH_IT = {("demo", "reserved"), ("demo", "emulated_reserved"), ("large", "emulated_separate")}
+_NOT_WORTH_IT = {("demo", "reserved")}
 _CHECKPOINTS: dict[str, Callable[[Path], tuple[Path, str]]] = {"demo": demo_checkpoint, "large": large_checkpoint}
 
 
@@ -72,8 +72,8 @@ class Options:
     def modes_of(self, checkpoint: str) -> Sequence[Mode]:
         """Those worth measuring.
 
-        The demo's 0.01 GiB are there in no time, reserved or not. The large one's take seconds of a core until the host
-        has found memory for them, unless it is reserved, as an accelerator's is.
+        The demo's 0.01 GiB are there in no time, reserved or not. New memory for the large one's takes seconds of a
+        core until the host has found it, unless it is reserved, as an accelerator's is.
         """
         return [mode for mode in self.modes if (checkpoint, mode) not in _NOT_WORTH_IT]
 
