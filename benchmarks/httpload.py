@@ -36,7 +36,7 @@ def free_port() -> int:
         return port
 
 
-async def stream(endpoint: Endpoint, prompt: Sequence[int]) -> list[float]:
+async def stream(endpoint: Endpoint, prompt: Sequence[int], tokens: int = NEW_TOKENS) -> list[float]:
     """Times (`time.perf_counter`) at which pieces of one streamed completion came.
 
     Read straight from the socket: a client library would cost more CPU than some of the servers.
@@ -51,7 +51,7 @@ async def stream(endpoint: Endpoint, prompt: Sequence[int]) -> list[float]:
     body = {
         "model": endpoint.model,
         "prompt": list(prompt),
-        "max_tokens": NEW_TOKENS,
+        "max_tokens": tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
@@ -60,7 +60,7 @@ async def stream(endpoint: Endpoint, prompt: Sequence[int]) -> list[float]:
     reader, writer = await asyncio.open_connection("127.0.0.1", endpoint.port)
     try:
         writer.write(_post(json.dumps(body).encode()))
-        return await _pieces(reader)
+        return await _pieces(reader, tokens)
     finally:
         writer.close()
 
@@ -70,7 +70,7 @@ def _post(body: bytes) -> bytes:
     return (head + "Content-Type: application/json\r\nConnection: close\r\n\r\n").encode() + body
 
 
-async def _pieces(reader: asyncio.StreamReader) -> list[float]:
+async def _pieces(reader: asyncio.StreamReader, tokens: int) -> list[float]:
     status = await reader.readline()
     if b" 200 " not in status:
         raise RuntimeError(f"expected 200, got {status!r} {await reader.read()!r}")
@@ -81,15 +81,15 @@ async def _pieces(reader: asyncio.StreamReader) -> list[float]:
             if event.get("choices"):
                 times_s.append(time.perf_counter())
             elif event.get("usage"):
-                _check(event["usage"])
+                _check(event["usage"], tokens)
         elif line.startswith(b"data: [DONE]"):
             return times_s
     raise ConnectionError("the server hung up in the middle of a stream")
 
 
-def _check(usage: Mapping[str, int]) -> None:
-    if usage["completion_tokens"] != NEW_TOKENS:
-        raise RuntimeError(f"expected {NEW_TOKENS} tokens, got {usage}")
+def _check(usage: Mapping[str, int], tokens: int) -> None:
+    if usage["completion_tokens"] != tokens:
+        raise RuntimeError(f"expected {tokens} tokens, got {usage}")
 
 
 async def generate(endpoint: Endpoint, asked: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -124,13 +124,16 @@ def _wait(process: subprocess.Popen[bytes]) -> None:
 def first_token_s(
     endpoint: Endpoint, process: subprocess.Popen[bytes], began_s: float, prompt: Sequence[int] = ()
 ) -> float:
-    """Seconds from ``began_s`` to the first piece of the first answer, asking again until the server is up."""
+    """Seconds from ``began_s`` to the end of an answer of one token, asking again until the server is up.
+
+    Not to the first piece of a longer one: tokens of a model with random weights may make no text before its end.
+    """
     prompt = prompt or prompts(1, -2)[0]
     while time.perf_counter() - began_s < _READY_S:
         if process.poll() is not None:
             raise RuntimeError(f"the server ended with {process.returncode}")
         try:
-            return asyncio.run(stream(endpoint, prompt))[0] - began_s
+            return asyncio.run(stream(endpoint, prompt, 1))[0] - began_s
         except (OSError, RuntimeError):  # not listening yet, or listening without a worker
             time.sleep(0.1)
     raise RuntimeError(f"no answer within {_READY_S} s")
