@@ -42,6 +42,8 @@ class Filler:
 
     def __init__(self, owner: MemoryOwner) -> None:
         self._owner = owner
+        # A file is written by one at a time: two that copy into it only make each other wait, and spin meanwhile.
+        self._writing = threading.Lock()
         self._changed = threading.Condition()  # guards what follows
         self._busy: set[str] = set()
         self._loaded = 0
@@ -139,7 +141,8 @@ class Filler:
         if nbytes != len(self._owner.extent(key).pages) * self._owner.pool.geometry.page_bytes:
             raise InternalError(f"extent {plan.key!r}: its peer has {nbytes} bytes, which is another size than here")
         if isinstance(reader, LocalPages):
-            reader.copy_to(plan.pages, self._owner.pool, self._owner.extent(key).pages, self._count_copied)
+            with self._writing:
+                reader.copy_to(plan.pages, self._owner.pool, self._owner.extent(key).pages, self._count_copied)
         else:
             reader.read_into(plan.pages, memory(key, 0, nbytes), self._count_copied)
 

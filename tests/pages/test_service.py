@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,30 @@ def test_who_copies_from_a_peer_does_not_wait_for_huge_pages(services: list[Owne
         patch.setattr(here._owner._huge, "collapse", refuse)
         here.fill(REQUESTS, pieces, plans(near, KEYS[:2]))
     assert sum(asked) == sum(request.pages for request in REQUESTS[2:]) > 0
+    assert contents(here) == EXPECTED
+
+
+def test_peers_of_this_host_are_copied_from_one_at_a_time(
+    services: list[OwnerService], pieces: list[Piece], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel lets one write to a file at a time; others would spin meanwhile."""
+    here, *peers = services
+    for n, peer in enumerate(peers):
+        peer.fill(REQUESTS[2 * n : 2 * n + 2], pieces)
+    alone, times, copy_to = threading.Lock(), [0], LocalPages.copy_to
+
+    def copied_alone(*args: object) -> None:
+        assert alone.acquire(blocking=False), "two copies into one pool at a time"
+        try:
+            time.sleep(0.02)
+            copy_to(*args)  # type: ignore[arg-type]
+            times[0] += 1
+        finally:
+            alone.release()
+
+    monkeypatch.setattr(LocalPages, "copy_to", copied_alone)
+    here.fill(REQUESTS, [], plans(peers[0], KEYS[:2]) + plans(peers[1], KEYS[2:]))
+    assert times == [EXPERTS]
     assert contents(here) == EXPECTED
 
 
