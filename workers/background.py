@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
@@ -43,6 +44,35 @@ def stay_in_background() -> None:
     for thread in os.listdir("/proc/self/task"):
         with suppress(ProcessLookupError):  # it has just ended
             _lower(int(thread))
+
+
+class Breaths:
+    """Short rests of a thread beside one in the same process that must not be held up.
+
+    The interpreter runs one thread at a time, and a model gives it up at every operator: whoever computes in Python
+    meanwhile holds it up for as long as that takes. In pieces with rests between them that is a little of many steps,
+    and not all of one.
+
+    Parameters
+    ----------
+    work_s : float
+        Processor time after which it rests, as soon as it is asked to.
+    rest_s : float
+    """
+
+    def __init__(self, work_s: float = 0.25e-3, rest_s: float = 1e-3) -> None:
+        self._work_s, self._rest_s = work_s, rest_s
+        self._since_s = time.thread_time()
+
+    def __call__(self) -> None:
+        """Rest if it is time to. Always from the same thread."""
+        if time.thread_time() - self._since_s >= self._work_s:
+            time.sleep(self._rest_s)
+            self._since_s = time.thread_time()
+
+
+def no_breath() -> None:
+    """For work beside which nothing runs."""
 
 
 def _lower(thread: int) -> None:

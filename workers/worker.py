@@ -17,7 +17,7 @@ import torch
 
 from ..errors import InternalError
 from .adoption import Inheritance, adopt
-from .background import in_background
+from .background import Breaths, in_background
 from .device_kv import DeviceKV
 from .generation import Assignment, KVSource
 from .mapping import Part, join
@@ -295,14 +295,12 @@ class Worker:
         def abandoned() -> bool:
             return assignment.generation.id in self._abandoned
 
-        def joining() -> Part:
-            return join(assignment, self._kv_for, abandoned, cold=service is None)
-
         if service is None or kv is None:
-            return in_background(joining)
+            return in_background(lambda: join(assignment, self._kv_for, abandoned))
         inheritance = Inheritance(kv, assignment.inherits, abandoned)
         with inheritance.copying_ahead(service.engine):
-            return replace(joining(), inheritance=inheritance)
+            part = join(assignment, self._kv_for, abandoned, Breaths(), cold=False)
+            return replace(part, inheritance=inheritance)
 
     def _passed(self, generation: int) -> bool:
         """Whether this worker has come to that generation, or beyond."""

@@ -6,9 +6,13 @@ import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
-from concertina.workers.background import NICENESS, in_background
+from concertina.workers import background
+from concertina.workers.background import NICENESS, Breaths, in_background
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 def niceness() -> int:
@@ -49,3 +53,19 @@ end.set()
 assert seen == {min(19, before + NICENESS)}, (before, seen)
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@given(st.lists(st.integers(0, 40), max_size=30))
+def test_whoever_breathes_rests_after_every_so_much_work(pieces: list[int]) -> None:
+    """And never for less. The clock's unit is 2^-17 s, so that sums are exact."""
+    now, rests = 0, list[int]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(background, "time", SimpleNamespace(thread_time=lambda: now * 2**-17, sleep=rests.append))
+        breathe, unrested = Breaths(work_s=25 * 2**-17, rest_s=1), 0
+        for piece in pieces:
+            now, unrested, before = now + piece, unrested + piece, len(rests)
+            breathe()
+            assert (len(rests) > before) == (unrested >= 25), (pieces, unrested)
+            if unrested >= 25:
+                unrested = 0
+    assert set(rests) <= {1}

@@ -12,6 +12,7 @@ import pytest
 import torch
 from concertina.errors import InternalError, PeerLost
 from concertina.workers import mapping
+from concertina.workers import worker as worker_module
 from concertina.workers.generation import TRUNK_KEY, Assignment, expert_key, kv_key
 from concertina.workers.owner import MemoryOwner
 from concertina.workers.pages.sharing import fetch_pool
@@ -119,6 +120,25 @@ def test_only_who_comes_anew_is_warmed_up(
         second = bring(workers, site.generation(["a", "b"]))
         assert warmed == [f"{first}:0", f"{second}:1"]
         assert all(right(stream, loaded) for stream in streams)
+
+
+def test_who_serves_prepares_in_small_pieces(
+    make_site: MakeSite, hire: Hire, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its engine would wait for the interpreter for as long as all of it takes; a standby need not rest."""
+    pieces: list[str] = []
+    monkeypatch.setattr(worker_module.Breaths, "__call__", lambda _: pieces.append(threading.current_thread().name))
+    site, workers = make_site("a", "b"), [hire(), hire()]
+    bring(workers[:1], site.generation(["a"], "solo"))
+    assert not pieces
+    with clients() as client:
+        streams = start_all(client, workers[:1], 60)
+        assignments = site.generation(["a", "b"])
+        bring(workers, assignments)
+        assert all(right(stream, loaded) for stream in streams)
+    experts = sum(len(held[0]) for held in assignments[0].generation.placement.experts_LD)
+    assert len(pieces) > experts
+    assert len(set(pieces)) == 1
 
 
 def test_compute_threads_change_at_the_swap_in_the_engines_thread(make_site: MakeSite, hire: Hire) -> None:
@@ -351,8 +371,6 @@ def test_abandoning_an_idle_worker_frees_everything(make_site: MakeSite, hire: H
 
 def test_abandoned_while_it_joins(make_site: MakeSite, hire: Hire, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither reports nor another generation wait for it; it closes its part when it comes back."""
-    from concertina.workers import mapping
-
     site, worker = make_site("a"), hire()
     (slow,), (quick,) = site.generation(["a"], "solo"), site.generation(["a"], "solo")
     gate, joining, real = threading.Event(), threading.Event(), mapping._exchange
