@@ -12,6 +12,9 @@ from typing import TypeVar
 T = TypeVar("T")
 NICENESS = 10
 """Added to a thread's own. The scheduler gives it about a tenth of a core that an ordinary thread wants too."""
+WORK_S = 0.25e-3
+"""Processor time between two rests; the shortest."""
+REST_S = 1e-3
 
 
 def in_background(work: Callable[[], T]) -> T:
@@ -47,7 +50,7 @@ def stay_in_background() -> None:
 
 
 class Breaths:
-    """Short rests of a thread beside one in the same process that must not be held up.
+    """Short rests of a thread beside a model in the same process that must not be held up.
 
     The interpreter runs one thread at a time, and a model gives it up at every operator: whoever computes in Python
     meanwhile holds it up for as long as that takes. In pieces with rests between them that is a little of many steps,
@@ -55,19 +58,18 @@ class Breaths:
 
     Parameters
     ----------
-    work_s : float
-        Processor time after which it rests, as soon as it is asked to.
-    rest_s : float
+    step_s : float
+        How long a step of the model takes: it rests after a sixteenth of that, but not before `WORK_S`.
     """
 
-    def __init__(self, work_s: float = 0.25e-3, rest_s: float = 1e-3) -> None:
-        self._work_s, self._rest_s = work_s, rest_s
+    def __init__(self, step_s: float) -> None:
+        self._work_s = max(WORK_S, step_s / 16)
         self._since_s = time.thread_time()
 
     def __call__(self) -> None:
         """Rest if it is time to. Always from the same thread."""
         if time.thread_time() - self._since_s >= self._work_s:
-            time.sleep(self._rest_s)
+            time.sleep(REST_S)
             self._since_s = time.thread_time()
 
 

@@ -299,7 +299,7 @@ class Worker:
             return in_background(lambda: join(assignment, self._kv_for, abandoned))
         inheritance = Inheritance(kv, assignment.inherits, abandoned)
         with inheritance.copying_ahead(service.engine):
-            part = join(assignment, self._kv_for, abandoned, Breaths(), cold=False)
+            part = join(assignment, self._kv_for, abandoned, Breaths(service.engine.step_s), cold=False)
             return replace(part, inheritance=inheritance)
 
     def _passed(self, generation: int) -> bool:

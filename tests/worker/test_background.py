@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from concertina.workers import background
-from concertina.workers.background import NICENESS, Breaths, in_background
+from concertina.workers.background import NICENESS, REST_S, Breaths, in_background
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,17 +55,17 @@ assert seen == {min(19, before + NICENESS)}, (before, seen)
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
-@given(st.lists(st.integers(0, 40), max_size=30))
-def test_whoever_breathes_rests_after_every_so_much_work(pieces: list[int]) -> None:
-    """And never for less. The clock's unit is 2^-17 s, so that sums are exact."""
-    now, rests = 0, list[int]()
+@given(st.lists(st.integers(0, 80), max_size=30), st.sampled_from([0, 300, 640]))
+def test_whoever_breathes_rests_after_a_part_of_a_step(pieces: list[int], step: int) -> None:
+    """And never before. The clock's unit is 2^-17 s, so that sums are exact; the least work is 32.8 of them."""
+    now, rests, least = 0, list[float](), 40 if step == 640 else 33
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(background, "time", SimpleNamespace(thread_time=lambda: now * 2**-17, sleep=rests.append))
-        breathe, unrested = Breaths(work_s=25 * 2**-17, rest_s=1), 0
+        breathe, unrested = Breaths(step * 2**-17), 0
         for piece in pieces:
             now, unrested, before = now + piece, unrested + piece, len(rests)
             breathe()
-            assert (len(rests) > before) == (unrested >= 25), (pieces, unrested)
-            if unrested >= 25:
+            assert (len(rests) > before) == (unrested >= least), (pieces, unrested)
+            if unrested >= least:
                 unrested = 0
-    assert set(rests) <= {1}
+    assert set(rests) <= {REST_S}

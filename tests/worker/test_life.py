@@ -126,8 +126,16 @@ def test_who_serves_prepares_in_small_pieces(
     make_site: MakeSite, hire: Hire, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else its engine would wait for the interpreter for as long as all of it takes; a standby need not rest."""
-    pieces: list[str] = []
-    monkeypatch.setattr(worker_module.Breaths, "__call__", lambda _: pieces.append(threading.current_thread().name))
+    steps_s, pieces = list[float](), list[str]()
+
+    class Noted:
+        def __init__(self, step_s: float) -> None:
+            steps_s.append(step_s)
+
+        def __call__(self) -> None:
+            pieces.append(threading.current_thread().name)
+
+    monkeypatch.setattr(worker_module, "Breaths", Noted)
     site, workers = make_site("a", "b"), [hire(), hire()]
     bring(workers[:1], site.generation(["a"], "solo"))
     assert not pieces
@@ -139,6 +147,7 @@ def test_who_serves_prepares_in_small_pieces(
     experts = sum(len(held[0]) for held in assignments[0].generation.placement.experts_LD)
     assert len(pieces) > experts
     assert len(set(pieces)) == 1
+    assert [step_s > 0 for step_s in steps_s] == [True]
 
 
 def test_compute_threads_change_at_the_swap_in_the_engines_thread(make_site: MakeSite, hire: Hire) -> None:

@@ -111,6 +111,12 @@ class Engine:
         """When the last forward pass ended, by ``clock``; 0 before."""
         return self.step_ends_s[-1] if self.step_ends_s else 0.0
 
+    @property
+    def step_s(self) -> float:
+        """From the end of the last forward pass but one to that of the last; 0 before there are two."""
+        ends_s = self.step_ends_s
+        return ends_s[-1] - ends_s[-2] if len(ends_s) > 1 else 0.0
+
     def submit(self, request: EngineRequest) -> None:
         """Queue a request. After `hand_over` it is reported as moved at once, through the ``emit`` of `run`.
 
