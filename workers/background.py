@@ -12,8 +12,8 @@ from typing import TypeVar
 T = TypeVar("T")
 NICENESS = 10
 """Added to a thread's own. The scheduler gives it about a tenth of a core that an ordinary thread wants too."""
-WORK_S = 0.25e-3
-"""Processor time between two rests; the shortest."""
+WORK_S = (0.25e-3, 10e-3)
+"""Processor time between two rests: the shortest and the longest."""
 REST_S = 1e-3
 
 
@@ -49,7 +49,7 @@ def stay_in_background() -> None:
             _lower(int(thread))
 
 
-class Breaths:
+class Throttle:
     """Short rests of a thread beside a model in the same process that must not be held up.
 
     The interpreter runs one thread at a time, and a model gives it up at every operator: whoever computes in Python
@@ -59,11 +59,13 @@ class Breaths:
     Parameters
     ----------
     step_s : float
-        How long a step of the model takes: it rests after a sixteenth of that, but not before `WORK_S`.
+        How long a step of the model takes: it works for a sixteenth of that between two rests, within `WORK_S`, since
+        a model that has just been idle seems slow.
     """
 
     def __init__(self, step_s: float) -> None:
-        self._work_s = max(WORK_S, step_s / 16)
+        shortest_s, longest_s = WORK_S
+        self._work_s = min(max(shortest_s, step_s / 16), longest_s)
         self._since_s = time.thread_time()
 
     def __call__(self) -> None:
@@ -73,7 +75,7 @@ class Breaths:
             self._since_s = time.thread_time()
 
 
-def no_breath() -> None:
+def unthrottled() -> None:
     """For work beside which nothing runs."""
 
 

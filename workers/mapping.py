@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import InternalError
 from ..kernels.moe import select_moe_kernel
 from .adoption import Inheritance
-from .background import no_breath
+from .background import unthrottled
 from .batch_split import BatchSplit
 from .device_kv import DeviceKV
 from .exchange.base import Exchange
@@ -68,7 +68,7 @@ def join(
     assignment: Assignment,
     kv_of: KVOf,
     abandoned: Callable[[], bool] = lambda: False,
-    breathe: Callable[[], None] = no_breath,
+    throttle: Callable[[], None] = unthrottled,
     *,
     cold: bool = True,
 ) -> Part:
@@ -81,7 +81,7 @@ def join(
         The worker's KV of the assignment's device, given the device's pool.
     abandoned : callable
         Whether the generation will not come; ends the wait for its other members.
-    breathe : callable
+    throttle : callable
         Called between pieces of the work: a model may be running that it shall not hold up.
     cold : bool
         Whether no model has run in this process: then a token goes through it, beside whoever else has joined.
@@ -94,18 +94,18 @@ def join(
     generation = assignment.generation
     node = _pool(assignment.node)
     device = node if assignment.device.address == assignment.node.address else _pool(assignment.device)
-    breathe()
-    kernel = _local_kernel(assignment, device, breathe)
+    throttle()
+    kernel = _local_kernel(assignment, device, throttle)
     trunk_u8 = _bytes(node, assignment.node.pages[TRUNK_KEY], writable=False)
     trunk = trunk_views(trunk_u8, generation.model, generation.dtype)
     kv = kv_of(assignment, device)
     if cold:
         _warm_up(assignment, trunk, kernel)
-    breathe()
+    throttle()
     exchange = _exchange(assignment, node, abandoned)  # last, because others wait for whoever has joined
-    breathe()
+    throttle()
     experts = ParallelExperts(exchange, generation.placement, kernel, BatchSplit(generation.placement))
-    breathe()
+    throttle()
     decoder = Decoder(generation.model, trunk, experts)
     pools = {assignment.node.name: node, assignment.device.name: device}
     return Part(assignment, decoder, kv, exchange, experts, pools)
@@ -123,7 +123,7 @@ def _bytes(pool: MemfdPool, pages: tuple[int, ...], *, writable: bool) -> Tensor
     return view(mapped, torch.uint8, (mapped.nbytes,))
 
 
-def _local_kernel(assignment: Assignment, pool: MemfdPool, breathe: Callable[[], None]) -> LocalKernel:
+def _local_kernel(assignment: Assignment, pool: MemfdPool, throttle: Callable[[], None]) -> LocalKernel:
     """The MoE kernel over this worker's physical experts, each a view of its pages."""
     generation, rank = assignment.generation, assignment.rank
     model, dtype = generation.model, generation.dtype
@@ -136,14 +136,14 @@ def _local_kernel(assignment: Assignment, pool: MemfdPool, breathe: Callable[[],
         w13, w2 = [], []
         start = 0
         for pages in extents:
-            breathe()
+            throttle()
             assert flat is not None
             gate_up, down = expert_views(flat[start : start + nbytes], model, dtype)
             w13.append(gate_up)
             w2.append(down)
             start += len(pages) * generation.page_bytes
         layers.append((w13, w2))
-        breathe()
+        throttle()
     kernel = select_moe_kernel("cpu", DTYPES[dtype])
 
     def run(layer: int, x_NH: Tensor, slots_NK: Tensor, weights_NK: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 
 from ..errors import InternalError
 from .adoption import Inheritance, adopt
-from .background import Breaths, in_background
+from .background import Throttle, in_background
 from .device_kv import DeviceKV
 from .generation import Assignment, KVSource
 from .mapping import Part, join
@@ -299,7 +299,7 @@ class Worker:
             return in_background(lambda: join(assignment, self._kv_for, abandoned))
         inheritance = Inheritance(kv, assignment.inherits, abandoned)
         with inheritance.copying_ahead(service.engine):
-            part = join(assignment, self._kv_for, abandoned, Breaths(service.engine.step_s), cold=False)
+            part = join(assignment, self._kv_for, abandoned, Throttle(service.engine.step_s), cold=False)
             return replace(part, inheritance=inheritance)
 
     def _passed(self, generation: int) -> bool:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from concertina.workers import background
-from concertina.workers.background import NICENESS, REST_S, Breaths, in_background
+from concertina.workers.background import NICENESS, REST_S, Throttle, in_background
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,16 +55,16 @@ assert seen == {min(19, before + NICENESS)}, (before, seen)
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
-@given(st.lists(st.integers(0, 80), max_size=30), st.sampled_from([0, 300, 640]))
-def test_whoever_breathes_rests_after_a_part_of_a_step(pieces: list[int], step: int) -> None:
-    """And never before. The clock's unit is 2^-17 s, so that sums are exact; the least work is 32.8 of them."""
-    now, rests, least = 0, list[float](), 40 if step == 640 else 33
+@given(st.lists(st.integers(0, 2000), max_size=30), st.sampled_from([(0, 33), (300, 33), (640, 40), (10**6, 1311)]))
+def test_throttled_work_rests_after_a_part_of_a_step(pieces: list[int], step_least: tuple[int, int]) -> None:
+    """And never before; a step's part is bounded. The clock's unit is 2^-17 s, so that sums are exact."""
+    (step, least), now, rests = step_least, 0, list[float]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(background, "time", SimpleNamespace(thread_time=lambda: now * 2**-17, sleep=rests.append))
-        breathe, unrested = Breaths(step * 2**-17), 0
+        throttle, unrested = Throttle(step * 2**-17), 0
         for piece in pieces:
             now, unrested, before = now + piece, unrested + piece, len(rests)
-            breathe()
+            throttle()
             assert (len(rests) > before) == (unrested >= least), (pieces, unrested)
             if unrested >= least:
                 unrested = 0

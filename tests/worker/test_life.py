@@ -135,7 +135,7 @@ def test_who_serves_prepares_in_small_pieces(
         def __call__(self) -> None:
             pieces.append(threading.current_thread().name)
 
-    monkeypatch.setattr(worker_module, "Breaths", Noted)
+    monkeypatch.setattr(worker_module, "Throttle", Noted)
     site, workers = make_site("a", "b"), [hire(), hire()]
     bring(workers[:1], site.generation(["a"], "solo"))
     assert not pieces
