@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import islice
 
 from ...workers.generation import LEDGER_KEY, kv_key
+from .attempts import standbys_open_s, standbys_started
 from .facts import (
     Abandon,
     Commit,
@@ -130,7 +131,20 @@ def yields(state: State, snapshot: Snapshot) -> Iterator[Effect]:
             yield ResizeKV(kv.worker, kv.target)
 
 
-def standbys(state: State, snapshot: Snapshot) -> tuple[State, list[Effect]]:
+def standbys(state: State, snapshot: Snapshot, *, pools: bool) -> tuple[State, list[Effect]]:
+    """Idle workers and, with ``pools``, memories as they should stand by. Starts pause where they are in vain."""
+    named, effects = _standby_workers(state, snapshot)
+    if pools:
+        effects = [*_standby_pools(state, snapshot), *effects]
+    starts = [e for e in effects if isinstance(e, StartOwner | StartWorker) and e not in snapshot.busy]
+    if not starts:
+        return state, effects
+    if standbys_open_s(state) > snapshot.now_s:
+        return state, [e for e in effects if e not in starts]
+    return standbys_started(named, snapshot.now_s), effects
+
+
+def _standby_workers(state: State, snapshot: Snapshot) -> tuple[State, list[Effect]]:
     """Keep so many idle workers on every node that serves; stop those that are too many."""
     assert state.serving is not None
     effects: list[Effect] = []
@@ -145,7 +159,7 @@ def standbys(state: State, snapshot: Snapshot) -> tuple[State, list[Effect]]:
     return state, effects
 
 
-def standby_pools(state: State, snapshot: Snapshot) -> Iterator[StartOwner | StopOwner]:
+def _standby_pools(state: State, snapshot: Snapshot) -> Iterator[StartOwner | StopOwner]:
     """Where devices have memories of their own: keep those that as many new devices would have, on whichever node."""
     assert state.serving is not None
     layout = state.serving.layout

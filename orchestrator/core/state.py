@@ -111,6 +111,8 @@ class State:
         The generation that serves was found broken, and none that recovers serves yet.
     failed_s : float
         When a generation was last withdrawn, or found broken.
+    standby_starts : int
+        Starts of standbys in a row, with no generation switched to between; ``standby_started_s`` is when the last was.
     deadlines : mapping of str to float
         Until when the KV of devices that leave may be handed over; after that it is given up.
     cordoned : frozenset of str
@@ -131,6 +133,8 @@ class State:
     served_since_s: float = 0.0
     broken: bool = False
     failed_s: float = 0.0
+    standby_starts: int = 0
+    standby_started_s: float = 0.0
     deadlines: Mapping[str, float] = field(default_factory=dict)
     cordoned: frozenset[str] = frozenset()
     failure: str = ""

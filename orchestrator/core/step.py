@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import inf
 
-from .attempts import ATTEMPTS, RECOVERIES, broke, failed, mended, opens_s
+from .attempts import ATTEMPTS, RECOVERIES, broke, failed, mended, opens_s, standbys_open_s
 from .coming import coming
 from .doom import doom
 from .facts import (
@@ -27,7 +27,7 @@ from .facts import (
 )
 from .health import broken, filled, missing, missing_pools, usable
 from .layout import Layout
-from .leftovers import leftovers, resizes, standby_pools, standbys, strays, yields
+from .leftovers import leftovers, resizes, standbys, strays, yields
 from .operations import committed, end, next_layout
 from .state import Pending, Record, Stage, State
 from .survive import survive
@@ -51,8 +51,8 @@ def step(state: State, snapshot: Snapshot) -> Decision:
         return Decision(state, (), state.failure)
     state, effects = _effects(state, snapshot)
     wanted = tuple(e for e in dict.fromkeys(effects) if e not in snapshot.busy)
-    paused = state.pending is None and opens_s(state) > snapshot.now_s
-    return Decision(state, wanted, _reason(state), opens_s(state) if paused else inf)
+    pauses_s = (opens_s(state), standbys_open_s(state)) if state.pending is None else ()
+    return Decision(state, wanted, _reason(state), min((p for p in pauses_s if p > snapshot.now_s), default=inf))
 
 
 def _withdraw(state: State, snapshot: Snapshot) -> State:
@@ -75,8 +75,9 @@ def _withdraw(state: State, snapshot: Snapshot) -> State:
 
 def _serves(state: State, record: Record, snapshot: Snapshot) -> State:
     """The coming generation is the one that serves now."""
-    state = replace(state, serving=record, pending=None, served_since_s=snapshot.now_s, broken=False)
-    return committed(state, snapshot.now_s)
+    now_s = snapshot.now_s
+    state = replace(state, serving=record, pending=None, served_since_s=now_s, broken=False, standby_starts=0)
+    return committed(state, now_s)
 
 
 def _has_begun(state: State, record: Record, snapshot: Snapshot) -> bool:
@@ -233,10 +234,8 @@ def _effects(state: State, snapshot: Snapshot) -> tuple[State, list[Effect]]:
         effects += resizes(state, snapshot)
     if state.operation is not None:
         return state, effects  # processes that start would take the time that it needs
-    if clear:
-        effects += standby_pools(state, snapshot)
-    state, starts = standbys(state, snapshot)
-    return state, effects + starts
+    state, changes = standbys(state, snapshot, pools=clear)
+    return state, effects + changes
 
 
 def _reason(state: State) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from math import inf
 
 from concertina.errors import OperatorError
+from concertina.orchestrator.core.attempts import opens_s
 from concertina.orchestrator.core.facts import Commit, Effect, Free, Prepare, Snapshot
 from concertina.orchestrator.core.layout import Layout, MemoryMode
 from concertina.orchestrator.core.leftovers import heirs_at_switch
@@ -49,7 +50,7 @@ class Schedule:
         self.state = self.saved = State(standbys=order.choice((0, 0, 1)))
         self.ended: dict[tuple[str, float], str] = {}
         self.requested = self.started = 0
-        self.again_s = inf  # until when the next generation is put off
+        self.again_s = self.opens_s = inf  # until when anything, and the next generation, is put off
 
     def use(self, mode: MemoryMode, layouts: tuple[Layout, ...]) -> None:
         """Go between these layouts."""
@@ -91,8 +92,9 @@ class Schedule:
         must(not decision.state.failure, f"C9: given up: {decision.state.failure}")
         must(not set(decision.effects) & snapshot.busy, "C4: something under way was asked for")
         now_s, opened = self.world.now_s, decision.state.next_generation > self.state.next_generation
-        must(not opened or self.again_s == inf or now_s >= self.again_s, f"C16: opened before {self.again_s}")
+        must(not opened or self.opens_s == inf or now_s >= self.opens_s, f"C16: opened before {self.opens_s}")
         self.again_s = decision.again_s
+        self.opens_s = opens_s(decision.state) if decision.state.pending is None else inf
         self.state = decision.state
         if self.state.durable != self.saved.durable:
             self.saved = self.state

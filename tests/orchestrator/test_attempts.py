@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from math import inf
 
 import pytest
-from concertina.orchestrator.core.facts import Effect, Fill, Prepare, StartWorker
+from concertina.orchestrator.core.facts import Effect, Fill, Prepare, StartOwner, StartWorker
 from concertina.orchestrator.core.layout import MemoryMode
 from concertina.orchestrator.core.operations import cancel
 
@@ -63,7 +64,7 @@ class Failing(Schedule):
         raise AssertionError(f"it never came: {self.state}")
 
     def put_off(self) -> bool:
-        return self.again_s < inf
+        return self.world.now_s < self.opens_s < inf
 
 
 def roughly(*pauses_s: float) -> list[object]:
@@ -164,3 +165,77 @@ def test_while_what_serves_is_broken_no_standby_starts() -> None:
     schedule.state = replace(schedule.state, standbys=3)
     schedule.go_on(lambda: schedule.state.attempts == 4 and schedule.put_off())
     assert not any(isinstance(effect, StartWorker) for effect in schedule.turn())
+
+
+class Standing(Failing):
+    """One standby is wanted; ``starts_s`` are the moments at which one, or its memory, was started."""
+
+    def __init__(self, *kinds: type, mode: MemoryMode = "shared") -> None:
+        self.starts_s = list[float]()
+        super().__init__(*kinds, mode=mode)
+        self.world.now_s += 600
+        self.state = replace(self.state, standbys=1)
+
+    def turn(self) -> tuple[Effect, ...]:
+        effects = super().turn()
+        if any(isinstance(effect, StartWorker | StartOwner) for effect in effects):
+            self.starts_s.append(self.world.now_s)
+        return effects
+
+    def idle(self) -> str:
+        """The standby, if there is one."""
+        return next((name for name, worker in self.world.workers.items() if worker.fact().idle), "")
+
+    def gaps_s(self) -> list[float]:
+        return [later - first for first, later in pairwise(self.starts_s)]
+
+    def starts(self, count: int) -> None:
+        """Go on until there were so many starts more; what is put off comes at once."""
+        self.starts_s.clear()
+
+        def enough() -> bool:
+            if self.state.pending is None and not self.world.busy and self.again_s < inf:
+                self.world.now_s = max(self.world.now_s, self.again_s - TURN_S)
+            return len(self.starts_s) == count
+
+        self.go_on(enough)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(StartWorker, "shared"), (StartOwner, "separate")])
+def test_standbys_that_never_start_are_tried_after_pauses_that_double_up_to_a_minute(
+    kind: type, mode: MemoryMode
+) -> None:
+    schedule = Standing(kind, mode=mode)
+    schedule.starts(12)
+    assert schedule.gaps_s()[:9] == roughly(0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0)
+
+
+def test_standbys_that_end_soon_are_replaced_after_pauses_others_at_once() -> None:
+    schedule = Standing()
+    for _ in range(5):
+        schedule.starts(1)
+        schedule.go_on(lambda: not schedule.world.busy)
+        schedule.world.end_worker(schedule.idle(), noticed=True)
+    ended_s = schedule.world.now_s
+    schedule.starts(1)
+    assert schedule.starts_s == roughly(ended_s + 8.0)
+    schedule.go_on(lambda: not schedule.world.busy)
+    schedule.world.now_s += 200
+    schedule.world.end_worker(schedule.idle(), noticed=True)
+    ended_s = schedule.world.now_s
+    schedule.starts(1)
+    assert schedule.starts_s == roughly(ended_s)
+
+
+def test_a_change_does_not_wait_for_standbys_that_fail_and_new_ones_follow_it_at_once() -> None:
+    schedule = Standing(StartWorker)
+    schedule.starts(8)
+    schedule.go_on(lambda: not schedule.world.busy and schedule.again_s < inf)
+    schedule.kinds = ()
+    schedule.starts_s.clear()
+    asked_s = schedule.world.now_s
+    schedule.ask("scale", schedule.layouts[-1:])
+    schedule.go_on(lambda: schedule.state.operation is None and not schedule.world.busy)
+    schedule.go_on(lambda: schedule.idle() != "")
+    assert schedule.state.operations[-1].outcome == "done"
+    assert schedule.world.now_s - asked_s < 2.0
