@@ -20,6 +20,10 @@ class InternalError(ConcertinaError):
     """A fault of ours, or of a peer process; the operator needs to do nothing but report it."""
 
 
+class Unreachable(InternalError):
+    """A process did not take a call, or did not answer it; it may live."""
+
+
 class PeerLost(InternalError):
     """A peer of the generation died or stopped answering.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 
-from ..errors import ConcertinaError, InternalError, OperatorError
+from ..errors import ConcertinaError, InternalError, OperatorError, Unreachable
 from ..workers.engine.scheduler import SchedulerConfig
 from ..workers.generation import Assignment, ExchangeSpec, Generation
 from ..workers.model_files import ModelFiles
@@ -122,6 +122,8 @@ class Deeds:
         """Whether a new owner took the pool over from this worker; an empty one beside a pool in use must not be."""
         try:
             address = await lender.handle.lend(effect.pool)
+        except Unreachable:
+            raise  # it may live, and map the pool
         except InternalError:
             return False  # it has died
         if address is None:
@@ -176,17 +178,20 @@ class Deeds:
         pool = self.registry.pool(effect.pool)
         keys = [r.key for r in effect.requests if r.purpose in _WEIGHTS and r.key not in pool.pages]
         pieces = list(self.model.pieces(keys))
-        self.wanted_bytes += sum(p.dest_bytes for p in pieces)
+        copies = self._copies(effect.pool, keys)
+        copied = {plan.key for plan in copies}
+        self.wanted_bytes += sum(len(plan.pages) for plan in copies) * pool.config.page_bytes
+        self.wanted_bytes += sum(p.source.nbytes for p in pieces if p.key not in copied)
         asked_s = self._cluster.hands.now_s()
-        told = await pool.handle.fill(effect.requests, pieces, self._copies(effect.pool, keys), pool.version)
+        told = await pool.handle.fill(effect.requests, pieces, copies, pool.version)
         pool.hear(told, asked_s, self._cluster.hands.now_s())
 
     def _copies(self, pool: str, keys: Sequence[str]) -> list[CopyPlan]:
-        """Each extent from the peer that has it and has least to give so far."""
-        pools = self._cluster.pools
+        """Each extent from the peer that has it, will keep it, and has least to give so far."""
+        pools, kept = self._cluster.pools, self.registry.wanted()
         plans, given = [], dict.fromkeys(pools, 0)
         for key in keys:
-            peers = [name for name, p in pools.items() if name != pool and key in p.pages]
+            peers = [n for n, p in pools.items() if n != pool and key in p.pages and key in kept.get(n, ())]
             if peers:
                 peer = min(peers, key=lambda name: (given[name], name))
                 given[peer] += 1

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ..errors import ConcertinaError
+from ..errors import ConcertinaError, Unreachable
 from ..workers.generation import AT_SWITCH_BLOCKS, LEDGER_KEY, KVSource, kv_key
 from ..workers.pages.holds import PagesHeld
 from .cluster import Member, Pool
@@ -101,9 +101,10 @@ class KVDeeds:
         return KVSource(self.registry.extents(pool, (LEDGER_KEY,)), self.registry.pool(pool).source, pages)
 
     async def _inherit(self, effect: HandOver, heir: Member, pages: tuple[int, ...]) -> str:
-        """The device that has the KV now; empty if it could not be had in time, then it is computed again.
+        """The device that has the KV now; empty if it could not be had, then it is computed again.
 
-        An owner that is lost raises: its successor has the same pages.
+        An owner that is lost raises: its successor has the same pages. So does an heir that cannot be reached: it may
+        still be copying, and what it copies must not be freed.
         """
         pool, device = self.registry.pool(effect.pool), heir.report.device
         layout = self.registry.serving().layout
@@ -114,9 +115,11 @@ class KVDeeds:
         if self.registry.pool_of_device(device) == effect.pool:  # first, so that nobody else can inherit them too
             await pool.handle.relabel(kv_key(effect.device), pages, kv_key(device))
         try:
-            await asyncio.wait_for(heir.handle.adopt_kv(source, blocks), left_s)
-        except (ConcertinaError, TimeoutError) as e:
-            _log.warning("KV of %s is not handed over to %s: %s", effect.device, device, e or "too late")
+            await heir.handle.adopt_kv(source, blocks, left_s)
+        except Unreachable:
+            raise
+        except ConcertinaError as e:
+            _log.warning("KV of %s is not handed over to %s: %s", effect.device, device, e)
             return ""
         self.heirs[effect.device] = device
         return device

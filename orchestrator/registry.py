@@ -46,6 +46,14 @@ class Registry:
             raise InternalError("there is no generation")
         return record
 
+    def wanted(self) -> dict[str, set[str]]:
+        """Keys of extents that the generation that serves, or the one that is coming, needs, by their pool."""
+        state, keys = self.state(), dict[str, set[str]]()
+        for record in (state.serving, state.pending.record if state.pending is not None else None):
+            for pool, requests in record.layout.extents(record.id).items() if record is not None else ():
+                keys.setdefault(pool, set()).update(request.key for request in requests)
+        return keys
+
     def serving(self) -> Record:
         serving = self.state().serving
         if serving is None:

@@ -7,6 +7,8 @@ import mmap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from ..errors import ConcertinaError, InternalError
@@ -40,11 +42,11 @@ class _Known(NamedTuple):
         return self.changes, _content(self.record)
 
 
-def adopt(engine: Engine, kv: DeviceKV, source: KVSource, blocks: int) -> None:
+def adopt(engine: Engine, kv: DeviceKV, source: KVSource, blocks: int, go_on: Callable[[], bool]) -> None:
     """Take over what the ledger says of ``source``, then give up what is free or cached until ``blocks`` are left.
 
     Pages of the same pool are mapped. Others are copied, in this thread, into blocks that nobody uses, as many
-    as there are; steps go on meanwhile.
+    as there are and as long as ``go_on()``; steps go on meanwhile.
 
     Raises
     ------
@@ -55,7 +57,7 @@ def adopt(engine: Engine, kv: DeviceKV, source: KVSource, blocks: int) -> None:
         engine.call(lambda: _map(engine, kv, kv.unmapped(source.pages), blocks))
     else:
         with _open(kv, source) as reader:
-            _copy(engine, kv, source, reader)
+            _copy(engine, kv, source, reader, go_on)
         engine.call(lambda: kv.unmap(engine.adopt([], blocks)))
 
 
@@ -188,16 +190,17 @@ def _open(kv: DeviceKV, source: KVSource, request_timeout_s: float = REQUEST_TIM
     return reader
 
 
-def _copy(engine: Engine, kv: DeviceKV, source: KVSource, reader: PageReader) -> None:
+def _copy(engine: Engine, kv: DeviceKV, source: KVSource, reader: PageReader, go_on: Callable[[], bool]) -> None:
     missing = _missing(kv, _read_records(kv, source, reader))
     load = engine.load
     missing = missing[max(0, len(missing) - (load.kv_blocks - load.kv_blocks_used)) :]
-    while missing:
+    while missing and go_on():
         blocks = engine.reserve(min(len(missing), _BATCH_BLOCKS))
         if not blocks:
             return
         batch, missing = missing[: len(blocks)], missing[len(blocks) :]
-        _fill(engine, kv, reader, blocks, batch)
+        part = replace(source, pages=tuple(page for known in batch for page in known.pages))
+        _fill(engine, kv, reader, blocks, batch, partial(_read_records, kv, part, reader))
 
 
 def _fill(
@@ -210,7 +213,7 @@ def _fill(
 ) -> None:
     """Copy a batch into reserved blocks, and have the engine index them.
 
-    ``read_again``: they are written meanwhile; what the ledger says otherwise afterwards is not taken.
+    ``read_again``: they may be written or freed meanwhile; what the ledger says otherwise afterwards is not taken.
     """
     records: list[BlockRecord | None] = [None] * len(blocks)
     try:

@@ -38,7 +38,7 @@ def in_background(work: Callable[[], T]) -> T:
     thread.start()
     thread.join()
     if errors:
-        raise errors[0]
+        raise errors.pop()  # a list that still had it would be in its traceback: what that names would stay for long
     return results[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import os
 import threading
 from collections.abc import Sequence
 
@@ -144,11 +145,13 @@ class DeviceKV:
             self._free.clear()
             self._fresh = self.positions
 
-    def check(self, assignment: Assignment) -> None:
+    def check(self, assignment: Assignment, pool: MemfdPool) -> None:
         """Raise InternalError unless a generation's KV is this: same device, pool and blocks."""
         generation = assignment.generation
         if assignment.device_name != self.device:
             raise InternalError(f"this worker has the KV of {self.device}; it cannot take {assignment.device_name} too")
+        if not os.path.sameopenfile(pool.fd, self.pool.fd):
+            raise InternalError(f"pool {assignment.device.name!r} is not the one in which this worker has its KV")
         needed = KVCache.block_bytes(generation.model, generation.dtype, generation.block_tokens)
         if (generation.block_tokens, -(-needed // generation.page_bytes)) != (self.block_tokens, self.block_pages):
             raise InternalError(f"generation {generation.id}: its KV blocks differ from those of {self.device}")

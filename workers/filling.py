@@ -14,7 +14,7 @@ from ..errors import ConcertinaError, InternalError
 from .loading import Piece, Segments
 from .owner import MemoryOwner
 from .pages.table import ExtentRequest
-from .pages.transfer import CopyPlan, LocalPages, PageReader, PageSource, open_pages
+from .pages.transfer import CopyPlan, LocalPages, PageReader, PageSource, open_pages, read_table
 
 _log = logging.getLogger(__name__)
 LOADING = "loading:"
@@ -122,13 +122,24 @@ class Filler:
         self._owner.load(pieces, progress)
 
     def _copy(self, source: PageSource, plans: Sequence[CopyPlan]) -> set[str]:
-        """Copy extents from one peer; returns which are whole."""
+        """Copy extents from one peer; returns which are whole.
+
+        A peer may have been told to free an extent before its copy began, and may have something else there: what its
+        table does not say afterwards is no copy.
+        """
+        copied: list[CopyPlan] = []
         whole: set[str] = set()
         try:
             with open_pages(source) as reader, self._owner.contents([LOADING + plan.key for plan in plans]) as memory:
-                for plan in plans:
-                    self._copy_extent(reader, plan, memory)
-                    whole.add(plan.key)
+                try:
+                    for plan in plans:
+                        self._copy_extent(reader, plan, memory)
+                        copied.append(plan)
+                finally:
+                    theirs = read_table(reader).extents
+                    whole = {plan.key for plan in copied if plan.key in theirs and theirs[plan.key].pages == plan.pages}
+                if len(whole) < len(plans):
+                    raise InternalError(f"pool {reader.geometry.name!r} has freed them meanwhile")
         except (ConcertinaError, OSError) as e:
             _log.warning(
                 "%d of %d extents come from the checkpoint instead: %s", len(plans) - len(whole), len(plans), e

@@ -21,7 +21,7 @@ from .exchange.parallel import LocalKernel, ParallelExperts
 from .exchange.shared import SharedMemoryExchange
 from .exchange.solo import SoloExchange
 from .families.layout import expert_layout
-from .generation import TRUNK_KEY, Assignment, PoolExtents, expert_key
+from .generation import TRUNK_KEY, Assignment, expert_key
 from .model.batch import Batch, Chunk
 from .model.decoder import Decoder
 from .model.kv import KVCache
@@ -66,6 +66,7 @@ KVOf = Callable[[Assignment, MemfdPool], DeviceKV]
 
 def join(
     assignment: Assignment,
+    pools: Mapping[str, MemfdPool],
     kv_of: KVOf,
     abandoned: Callable[[], bool] = lambda: False,
     throttle: Callable[[], None] = unthrottled,
@@ -77,6 +78,8 @@ def join(
     Parameters
     ----------
     assignment : Assignment
+    pools : mapping
+        The assignment's, by the names that it has for them.
     kv_of : callable
         The worker's KV of the assignment's device, given the device's pool.
     abandoned : callable
@@ -89,12 +92,10 @@ def join(
     Raises
     ------
     InternalError, OperatorError
-        A pool cannot be reached, or the exchange cannot be joined.
+        The exchange cannot be joined.
     """
     generation = assignment.generation
-    node = _pool(assignment.node)
-    device = node if assignment.device.address == assignment.node.address else _pool(assignment.device)
-    throttle()
+    node, device = pools[assignment.node.name], pools[assignment.device.name]
     kernel = _local_kernel(assignment, device, throttle)
     trunk_u8 = _bytes(node, assignment.node.pages[TRUNK_KEY], writable=False)
     trunk = trunk_views(trunk_u8, generation.model, generation.dtype)
@@ -107,12 +108,13 @@ def join(
     experts = ParallelExperts(exchange, generation.placement, kernel, BatchSplit(generation.placement))
     throttle()
     decoder = Decoder(generation.model, trunk, experts)
-    pools = {assignment.node.name: node, assignment.device.name: device}
     return Part(assignment, decoder, kv, exchange, experts, pools)
 
 
-def _pool(extents: PoolExtents) -> MemfdPool:
-    return fetch_pool(extents.address, extents.token)
+def fetch_pools(assignment: Assignment) -> dict[str, MemfdPool]:
+    """The pools of an assignment, by the names that it has for them; raises as `fetch_pool`."""
+    extents = {part.name: part for part in (assignment.node, assignment.device)}
+    return {name: fetch_pool(part.address, part.token) for name, part in extents.items()}
 
 
 def _bytes(pool: MemfdPool, pages: tuple[int, ...], *, writable: bool) -> Tensor:
@@ -171,7 +173,7 @@ def _warm_up(assignment: Assignment, trunk: Mapping[str, Tensor], kernel: LocalK
 def _exchange(assignment: Assignment, node: MemfdPool, abandoned: Callable[[], bool]) -> Exchange:
     kinds: dict[str, Callable[[], Exchange]] = {
         "solo": SoloExchange,
-        "shared": lambda: _shared_exchange(assignment, node),
+        "shared": lambda: _shared_exchange(assignment, node, abandoned),
         "gloo": lambda: _group_exchange(assignment, abandoned),
         "nccl": lambda: _group_exchange(assignment, abandoned),
     }
@@ -181,10 +183,12 @@ def _exchange(assignment: Assignment, node: MemfdPool, abandoned: Callable[[], b
     return kinds[kind]()
 
 
-def _shared_exchange(assignment: Assignment, node: MemfdPool) -> Exchange:
+def _shared_exchange(assignment: Assignment, node: MemfdPool, abandoned: Callable[[], bool]) -> Exchange:
     generation = assignment.generation
     spec, pages = generation.exchange, assignment.node.pages[generation.exchange_key]
     region = _bytes(node, pages, writable=True)
+    if abandoned():  # only now: nobody else may get the region while it is mapped, but may have before
+        raise InternalError(f"generation {generation.id}: it was abandoned")
     locks = MemberLocks(node.fd, _LOCKS_BASE + pages[0] * generation.page_bytes)
     size = len(generation.placement.devices)
     return SharedMemoryExchange(region, assignment.rank, size, spec.capacity_bytes, spec.timeout_s, locks)

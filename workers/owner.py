@@ -5,6 +5,7 @@ A plain class without Ray or torch: a process that can be started, killed and re
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from .pages.store import TABLE_KEY, TableStore, open_pool
 from .pages.table import Extent, ExtentRequest, PageTable, Purpose
 from .pages.transfer import PageSource
 
+_ADDRESS_CHARACTERS = 107  # of a Unix socket's
 # Written once in full when loaded, so taking whole huge pages at once costs nothing. KV is touched as it fills.
 _WRITTEN_PURPOSES = ("experts", "trunk")
 
@@ -46,7 +48,7 @@ class OwnerConfig:
     huge_pages : bool
         Try to back weights by huge pages.
     address : str or None
-        Unix socket, a path or ``@name``; None gives ``@concertina/<name>``.
+        Unix socket, a path or ``@name``; None gives ``@concertina/<name>``, or a digest of a name that is too long.
     ledger_record_bytes : int
         Of a page's record in the pool's ledger; 0: no ledger.
     host : str
@@ -167,8 +169,7 @@ class MemoryOwner:
             owner._store = TableStore(pool)
             owner._table = owner._store.read()
             owner._find_ledger()
-            if not owner._keeps_now(owner._table):
-                owner._empty_free_pages()
+            owner._empty_free_pages()
         except Exception:
             owner.close()
             raise
@@ -178,7 +179,7 @@ class MemoryOwner:
     def _start(self, config: OwnerConfig, pool: MemfdPool) -> None:
         self.config = config
         self.pool = pool
-        self.address = config.address or f"@concertina/{config.name}"
+        self.address = config.address or _address(config.name)
         self.version = 0
         self._reserved: Reservation | None = None
         self._lock = threading.Lock()  # one change at a time
@@ -208,9 +209,11 @@ class MemoryOwner:
         return self.config.reserve or (self.config.keep and any(key not in own for key in table.extents))
 
     def _empty_free_pages(self) -> None:
-        """The old owner may have died between noting pages as free and giving their memory back."""
+        """The old owner may have died between noting pages as free and all that follows from it."""
         for first, count in self._table.free_runs:
-            self.pool.free(range(first, first + count))
+            self._records.clear(range(first, first + count))
+            if not self._keeps_now(self._table):
+                self.pool.free(range(first, first + count))
 
     def source(self) -> PageSource:
         """Where others read this pool's pages."""
@@ -296,7 +299,9 @@ class MemoryOwner:
             held = [key for key, pages in gone.items() if not holds.claim(pages)]
             if held:
                 raise PagesHeld(self.pool.geometry.name, tuple(held))
+            kv = [page for key, pages in gone.items() if self._table.extent(key).purpose == "kv" for page in pages]
             self._commit(table)
+            self._records.clear(kv)  # who still copies them must see that they are KV no more
             if self._keeps_now(table):
                 return
             back = table.free_runs if self.config.keep else [run for pages in gone.values() for run in runs(pages)]
@@ -437,3 +442,9 @@ class MemoryOwner:
             found.append(self._window.memory(page * size + skip, length))
             skip, nbytes = 0, nbytes - length
         return found
+
+
+def _address(pool: str) -> str:
+    address = f"@concertina/{pool}"
+    fits = len(address.encode()) <= _ADDRESS_CHARACTERS
+    return address if fits else f"@concertina/{hashlib.blake2b(pool.encode(), digest_size=16).hexdigest()}"

@@ -203,8 +203,8 @@ class WorkerService:
     def resize_kv(self, blocks: int, fresh: Sequence[int]) -> tuple[int, ...]:
         return self._worker.resize_kv(blocks, fresh)
 
-    def adopt_kv(self, source: KVSource, blocks: int) -> tuple[int, ...]:
-        return self._worker.adopt_kv(source, blocks)
+    def adopt_kv(self, source: KVSource, blocks: int, limit_s: float | None) -> tuple[int, ...]:
+        return self._worker.adopt_kv(source, blocks, limit_s)
 
     def release(self, moved_to: str) -> None:
         self._worker.release(moved_to)

@@ -10,8 +10,10 @@ import itertools
 import os
 import secrets
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import inf
 
 import torch
 
@@ -20,11 +22,11 @@ from .adoption import Inheritance, adopt
 from .background import Throttle, in_background
 from .device_kv import DeviceKV
 from .generation import Assignment, KVSource
-from .mapping import Part, join
+from .mapping import Part, fetch_pools, join
 from .pages.memfd import MemfdPool
 from .pages.sharing import PoolServer
 from .roles import WorkerConfig, WorkerReport
-from .service import Failed, Parked, Retired, Service
+from .service import Failed, Parked, Retired, Running, Service
 
 
 class Worker:
@@ -47,7 +49,7 @@ class Worker:
         self._changed = threading.Condition()  # guards everything else, and tells of its changes
         self._kv: DeviceKV | None = None
         self._parts: dict[int, Part] = {}
-        self._joining: set[int] = set()
+        self._joining: dict[int, tuple[Assignment, Mapping[str, MemfdPool]]] = {}
         self._abandoned: set[int] = set()
         self._service: Service | None = None
         self._lent: dict[str, PoolServer] = {}
@@ -68,7 +70,7 @@ class Worker:
             if generation in self._parts or self._passed(generation):
                 return
             self._refuse(generation)
-            self._joining.add(generation)
+            self._joining[generation] = assignment, {}
         part: Part | None = None
         try:
             part = self._join(assignment)
@@ -168,10 +170,11 @@ class Worker:
         service.call(lambda: kv.unmap(service.engine.resize(kv.map(fresh), blocks)))
         return kv.pages
 
-    def adopt_kv(self, source: KVSource, blocks: int) -> tuple[int, ...]:
+    def adopt_kv(self, source: KVSource, blocks: int, limit_s: float | None = None) -> tuple[int, ...]:
         """Take over the KV of a device whose worker has left, then give up blocks down to ``blocks``.
 
-        Blocks in use stay, even if that makes more.
+        Blocks in use stay, even if that makes more. What has to be copied is left where it is after ``limit_s``, and
+        when the engine stops: nobody waits for it then, and who recovers from that waits for this.
 
         Returns
         -------
@@ -185,8 +188,13 @@ class Worker:
         """
         service, kv = self._serving()
         service.check()
+        until_s = inf if limit_s is None else time.monotonic() + limit_s
+
+        def go_on() -> bool:
+            return isinstance(service.state, Running) and time.monotonic() < until_s
+
         with self._adopting:
-            adopt(service.engine, kv, source, blocks)
+            adopt(service.engine, kv, source, blocks, go_on)
         return kv.pages
 
     def release(self, moved_to: str) -> None:
@@ -221,12 +229,15 @@ class Worker:
         None if nothing of a pool of that name is mapped here. That is no error: a traceback would keep what is.
         """
         with self._changed:
-            if pool not in self._lent:
-                found = self._find_pool(pool)
-                if found is None:
-                    return None
-                self._lent[pool] = PoolServer(*found, f"@concertina/lent/{secrets.token_hex(8)}")
-            return self._lent[pool].address
+            found = self._find_pool(pool)
+            if found is None:
+                return None
+            lent = self._lent.get(pool)
+            if lent is None or not os.path.sameopenfile(lent.pool.fd, found[0].fd):  # another one of that name
+                if lent is not None:
+                    lent.close()
+                self._lent[pool] = lent = PoolServer(*found, f"@concertina/lent/{secrets.token_hex(8)}")
+            return lent.address
 
     def report(self) -> WorkerReport:
         """State and counters now."""
@@ -295,11 +306,14 @@ class Worker:
         def abandoned() -> bool:
             return assignment.generation.id in self._abandoned
 
+        pools = fetch_pools(assignment)
+        with self._changed:  # before a page is mapped: who maps something of a pool must be able to lend it
+            self._joining[assignment.generation.id] = assignment, pools
         if service is None or kv is None:
-            return in_background(lambda: join(assignment, self._kv_for, abandoned))
+            return in_background(lambda: join(assignment, pools, self._kv_for, abandoned))
         inheritance = Inheritance(kv, assignment.inherits, abandoned)
         with inheritance.copying_ahead(service.engine):
-            part = join(assignment, self._kv_for, abandoned, Throttle(service.engine.step_s), cold=False)
+            part = join(assignment, pools, self._kv_for, abandoned, Throttle(service.engine.step_s), cold=False)
             return replace(part, inheritance=inheritance)
 
     def _passed(self, generation: int) -> bool:
@@ -321,7 +335,7 @@ class Worker:
     def _joined(self, generation: int, part: Part | None) -> bool:
         """Note the end of joining; whether the part is wanted still."""
         with self._changed:
-            self._joining.discard(generation)
+            self._joining.pop(generation, None)
             kept = part is not None and generation not in self._abandoned and not self._stopped
             if part is not None and kept:
                 self._parts[generation] = part
@@ -332,7 +346,7 @@ class Worker:
         with self._mapping:
             if self._kv is None:
                 self._kv = DeviceKV(assignment, pool)
-            self._kv.check(assignment)
+            self._kv.check(assignment, pool)
             return self._kv
 
     def _let_go_if_idle(self) -> None:
@@ -353,8 +367,9 @@ class Worker:
     def _find_pool(self, name: str) -> tuple[MemfdPool, str] | None:
         """A pool that is mapped here, and its token."""
         parts = list(self._parts.values()) + ([self._service.part] if self._service is not None else [])
-        for part in parts:
-            for extents in (part.assignment.node, part.assignment.device):
-                if extents.name == name:
-                    return part.pools[name], extents.token
+        mapped = [(part.assignment, part.pools) for part in parts] + list(self._joining.values())
+        for assignment, pools in mapped:
+            for extents in (assignment.node, assignment.device):
+                if extents.name == name and name in pools:
+                    return pools[name], extents.token
         return None

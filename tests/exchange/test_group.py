@@ -36,7 +36,7 @@ def test_nobody_listens() -> None:
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port = server.port
     del server
-    with pytest.raises(OperatorError, match=f"store at 127.0.0.1:{port}"):
+    with pytest.raises(InternalError, match=f"store at 127.0.0.1:{port}"):
         Rendezvous("127.0.0.1", port, "a").connect(0.2)
 
 

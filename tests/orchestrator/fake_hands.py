@@ -185,7 +185,7 @@ class FakeWorker:
         self.kv = (*self.kv, *fresh)[: blocks * self._block_pages]
         return self.kv
 
-    async def adopt_kv(self, source: KVSource, blocks: int) -> tuple[int, ...]:
+    async def adopt_kv(self, source: KVSource, blocks: int, limit_s: float | None) -> tuple[int, ...]:
         await self._alive()
         await self.faults.met("adopt_kv")
         return self.kv

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +39,28 @@ def test_background_work_has_low_priority_and_so_has_what_it_starts() -> None:
 def test_an_error_is_the_callers() -> None:
     with pytest.raises(KeyError, match="'x'"):
         in_background(lambda: {}["x"])
+
+
+def test_what_failed_lets_go_of_everything_at_once() -> None:
+    """A worker whose generation was abandoned while it joined must not keep pages mapped until garbage is collected."""
+
+    class Held:
+        pass
+
+    refs: list[weakref.ref[Held]] = []
+
+    def work() -> None:
+        held = Held()
+        refs.append(weakref.ref(held))
+        raise KeyError("x")
+
+    gc.disable()
+    try:
+        with pytest.raises(KeyError):
+            in_background(work)
+        assert refs[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_a_process_in_the_background_is_so_as_a_whole() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -11,13 +12,14 @@ from concertina.errors import InternalError
 from concertina.workers import adoption
 from concertina.workers.device_kv import DeviceKV
 from concertina.workers.generation import LEDGER_KEY, kv_key
+from concertina.workers.pages.memfd import MemfdBackend
 from concertina.workers.pages.sharing import fetch_pool
-from concertina.workers.pages.transfer import PageReader, open_pages
+from concertina.workers.pages.transfer import PageReader, PageSource, open_pages
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ..model.loaded import Loaded
-from .site import TOKEN, LocalWorker, Site, bring
+from .site import TOKEN, LocalWorker, Site, bring, until
 from .streams import clients
 
 MakeSite = Callable[..., Site]
@@ -82,7 +84,11 @@ def test_what_is_refused_changes_nothing(make_site: MakeSite) -> None:
     (assignment,) = site.generation(["a"], "solo")
     other = replace(assignment.generation, block_tokens=8)
     with pytest.raises(InternalError, match="its KV blocks differ"):
-        kv.check(replace(assignment, generation=other))
+        kv.check(replace(assignment, generation=other), kv.pool)
+    another = MemfdBackend().create(kv.pool.geometry)
+    with pytest.raises(InternalError, match="is not the one in which this worker has its KV"):
+        kv.check(assignment, another)
+    another.close()
     bare = replace(assignment.device, pages={k: v for k, v in assignment.device.pages.items() if k != LEDGER_KEY})
     with pytest.raises(InternalError, match="no extent 'ledger'"):
         DeviceKV(replace(assignment, device=bare), kv.pool)
@@ -162,3 +168,81 @@ def test_a_ledger_that_is_missing_or_of_another_size_is_named(make_site: MakeSit
     with pytest.raises(InternalError, match="serves no generation"):
         hire().worker.resize_kv(10, ())
     assert len(workers[0].worker.kv_pages()) == 40 * site.block_pages
+
+
+class FreedMeanwhile:
+    """After so many reads of blocks, their owner frees them, and something else takes the pages."""
+
+    def __init__(self, inner: PageReader, site: Site, left: int) -> None:
+        self._inner, self._site, self._left = inner, site, left
+        self.geometry = inner.geometry
+
+    def read_into(self, pages: Sequence[int], segments: Sequence[memoryview], copied: object = None) -> None:
+        owner = self._site.owners["b"]
+        if not set(pages) & set(owner.extent(LEDGER_KEY).pages):
+            self._left -= 1
+            if self._left == 0:
+                count = len(self._site.kv("b"))
+                owner.free(kv_key("b"))
+                owner.allocate("expert/9/9", "experts", count)
+        self._inner.read_into(pages, segments)
+
+    def __enter__(self) -> FreedMeanwhile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._inner.close()
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("left", [1, 2])
+def test_kv_that_is_freed_while_it_is_copied_is_not_believed(
+    make_site: MakeSite, hire: Hire, loaded: Loaded, monkeypatch: pytest.MonkeyPatch, left: int, far: bool
+) -> None:
+    site, workers = make_site("a", "b", blocks=80, separate=True), [hire(), hire()]
+    bring(workers, site.generation(["a", "b"]))
+    monkeypatch.setattr(adoption, "open_pages", lambda source, **_: FreedMeanwhile(open_pages(source), site, left))
+    prompt = list(range(90))
+    with clients() as client:
+        assert client.start(workers[1], prompt, 8).finished() == "length"
+        bring(workers[:1], site.generation(["a"], "solo"), workers[1])
+        source = site.source("b", far=far)
+        workers[1].worker.release("a")
+        workers[0].worker.adopt_kv(source, 80)
+        again = client.start(workers[0], prompt, 4)
+        assert again.finished() == "length"
+        assert again.tokens == loaded.greedy(prompt, 4)
+        assert again.cached_tokens == 0  # its beginning comes last
+        load = workers[0].worker.report().load
+        assert (load.kv_blocks, load.kv_blocks_used) == (80, 0)
+
+
+def test_copying_ends_with_its_time_and_with_the_engine(
+    make_site: MakeSite, hire: Hire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who recovers from what stopped the engine waits for that."""
+    site, workers = make_site("a", "b", "c", blocks=80, separate=True), [hire(), hire(), hire()]
+    bring(workers, site.generation(["a", "b", "c"]))
+    leave, readers = threading.Event(), list[FaultyReader]()
+
+    def opened(source: PageSource, **_: object) -> FaultyReader:
+        readers.append(FaultyReader(open_pages(source), 0, leave))
+        return readers[-1]
+
+    monkeypatch.setattr(adoption, "open_pages", opened)
+    with clients() as client:
+        assert client.start(workers[1], list(range(90)), 8).finished() == "length"
+        bring([workers[0], workers[2]], site.generation(["a", "c"]), workers[1])
+        heir = workers[0].worker
+        assert len(heir.adopt_kv(site.source("b"), 80, 0.0)) == 80 * site.block_pages
+        assert readers[0].reads == 1
+        copying = threading.Thread(target=lambda: heir.adopt_kv(site.source("b"), 80))
+        copying.start()
+        while len(readers) < 2 or readers[1].reads < 2:
+            time.sleep(0.001)
+        workers[2].worker.stop()
+        until(workers[0], lambda report: report.parked)
+        leave.set()
+        copying.join(20)
+        assert not copying.is_alive()
+        assert readers[1].reads == 3  # the ledger, one batch, and its records anew

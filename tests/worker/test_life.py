@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -10,16 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from concertina.errors import InternalError, PeerLost
+from concertina.errors import ConcertinaError, InternalError, PeerLost
 from concertina.workers import mapping
 from concertina.workers import worker as worker_module
+from concertina.workers.device_kv import DeviceKV
 from concertina.workers.generation import TRUNK_KEY, Assignment, expert_key, kv_key
 from concertina.workers.owner import MemoryOwner
+from concertina.workers.pages.backend import PoolGeometry
+from concertina.workers.pages.memfd import MemfdBackend
 from concertina.workers.pages.sharing import fetch_pool
 from concertina.workers.worker import Worker
 
 from ..model.loaded import Loaded
-from .site import LocalWorker, Site, bring, prepare, together, until
+from .site import PAGE, TOKEN, LocalWorker, Site, bring, prepare, together, until
 from .streams import Clients, Stream, clients
 
 MakeSite = Callable[..., Site]
@@ -462,6 +466,50 @@ def test_a_pool_is_lent_to_its_next_owner(make_site: MakeSite, hire: Hire, loade
         bring([worker], site.generation(["a"], "solo"))
         assert right(stream, loaded)
     assert worker.worker.lend("other") is None
+
+
+def test_a_pool_is_lent_by_who_only_joins(make_site: MakeSite, hire: Hire) -> None:
+    """It has mapped its pages: an empty pool of that name must not come beside them."""
+    site, worker = make_site("a", "b"), hire()
+    first, _ = site.generation(["a", "b"], timeout_s=20.0)
+    joining = threading.Thread(target=lambda: pytest.raises(ConcertinaError, worker.worker.prepare, first))
+    joining.start()
+    try:
+        while worker.worker.report().device != "a":
+            time.sleep(0.001)
+        address = worker.worker.lend("node")
+        assert address is not None
+        assert joining.is_alive()
+        lent = fetch_pool(address, TOKEN)
+        assert os.path.sameopenfile(lent.fd, site.node.pool.fd)
+        lent.close()
+    finally:
+        worker.worker.stop()
+        joining.join(30)
+
+
+def test_another_pool_of_the_same_name_is_lent_anew(make_site: MakeSite, hire: Hire) -> None:
+    site, worker, pools = make_site("a"), hire(), [MemfdBackend().create(PoolGeometry("node", 8, 4096)) for _ in "ab"]
+    addresses = []
+    for pool in pools:
+        worker.worker._joining[1] = site.generation(["a"], "solo")[0], {"node": pool}
+        addresses += [worker.worker.lend("node"), worker.worker.lend("node")]
+        assert os.path.sameopenfile(fetch_pool(addresses[-1] or "", TOKEN).fd, pool.fd)
+    assert addresses[0] == addresses[1] != addresses[2] == addresses[3]
+    with pytest.raises(InternalError):
+        fetch_pool(addresses[0] or "", TOKEN)
+    worker.worker._joining.clear()
+
+
+def test_who_comes_late_to_an_abandoned_generation_leaves_its_pages_alone(make_site: MakeSite) -> None:
+    """They may be another generation's, or KV, by then."""
+    site = make_site("a", "b")
+    assignment = site.generation(["a", "b"])[0]
+    pools = mapping.fetch_pools(assignment)
+    region = site.node.extent(assignment.generation.exchange_key).pages
+    with pytest.raises(InternalError, match=r"generation \d+: it was abandoned"):
+        mapping.join(assignment, pools, DeviceKV, lambda: True)
+    assert not any(any(os.pread(site.node.pool.fd, PAGE, page * PAGE)) for page in region)
 
 
 def test_calls_from_many_threads_at_once(make_site: MakeSite, hire: Hire, loaded: Loaded) -> None:

@@ -47,15 +47,15 @@ class Rendezvous:
 
         Raises
         ------
-        OperatorError
-            Nobody listens there.
+        InternalError
+            Nobody listens there: the controller has ended, and its successor opens another one.
         """
         try:
             store = TCPStore(
                 self.host, self.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
             )
         except RuntimeError as e:
-            raise OperatorError(f"exchange: store at {self.host}:{self.port}: {_first_line(e)}") from e
+            raise InternalError(f"exchange: store at {self.host}:{self.port}: {_first_line(e)}") from e
         return PrefixStore(self.prefix, store)
 
     def meet(self, store: Store, rank: int, size: int, timeout_s: float) -> None:

@@ -49,7 +49,7 @@ class PoolServer:
     def __init__(self, pool: MemfdPool, token: str, address: str) -> None:
         if not token:
             raise OperatorError("pool server: token: expected a non-empty secret")
-        self._pool = pool
+        self.pool = pool
         self._token = token
         self.address = address
         self._closing = threading.Event()
@@ -91,7 +91,7 @@ class PoolServer:
         if not hmac.compare_digest(str(hello.get("token", "")).encode(), self._token.encode()):
             connection.sendall(b'{"error": "token"}\n')
             return
-        geometry, descriptors = self._pool.geometry, self._pool.export()
+        geometry, descriptors = self.pool.geometry, self.pool.export()
         reply = {"name": geometry.name, "pages": geometry.pages, "page_bytes": geometry.page_bytes}
         socket.send_fds(connection, [json.dumps(reply).encode() + b"\n"], list(descriptors))
 

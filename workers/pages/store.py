@@ -97,16 +97,27 @@ class TableStore:
         OperatorError
             Neither copy is intact.
         """
-        name = self.pool.geometry.name
-        copies = [_read_sealed(self.pool.fd, self._offset(which), self._copy_bytes) for which in (0, 1)]
-        intact = [copy for copy in copies if copy]
-        if not intact:
-            raise OperatorError(f"pool {name!r}: both copies of its page table are damaged")
-        self.generation, payload = max(intact)
-        return PageTable.from_dict(json.loads(payload), source=f"pool {name!r}: page table")
+        copies = [os.pread(self.pool.fd, self._copy_bytes, self._offset(which)) for which in (0, 1)]
+        self.generation, table = _newest(copies, self.pool.geometry)
+        return table
 
     def _offset(self, generation: int) -> int:
         return _SUPERBLOCK_BYTES + generation % 2 * self._copy_bytes
+
+
+def parse_table(memory: memoryview, geometry: PoolGeometry) -> PageTable:
+    """The table of a pool, from the bytes of its first `table_pages`; raises as `TableStore.read`."""
+    size = _copy_bytes(geometry)
+    starts = (_SUPERBLOCK_BYTES, _SUPERBLOCK_BYTES + size)
+    return _newest([bytes(memory[start : start + size]) for start in starts], geometry)[1]
+
+
+def _newest(copies: list[bytes], geometry: PoolGeometry) -> tuple[int, PageTable]:
+    intact = [copy for copy in map(_unsealed, copies) if copy]
+    if not intact:
+        raise OperatorError(f"pool {geometry.name!r}: both copies of its page table are damaged")
+    generation, payload = max(intact)
+    return generation, PageTable.from_dict(json.loads(payload), source=f"pool {geometry.name!r}: page table")
 
 
 def open_pool(fd: int) -> MemfdPool:
@@ -118,7 +129,7 @@ def open_pool(fd: int) -> MemfdPool:
         Not a sealed memfd with an intact superblock.
     """
     try:
-        block = _read_sealed(fd, 0, _SUPERBLOCK_BYTES)
+        block = _unsealed(os.pread(fd, _SUPERBLOCK_BYTES, 0))
         if block is None:
             raise OperatorError("descriptor: not a page pool (no superblock in its first bytes)")
         described = json.loads(block[1])
@@ -137,15 +148,13 @@ def _checksum(generation: int, payload: bytes) -> int:
     return zlib.crc32(payload, zlib.crc32(struct.pack("<QQ", generation, len(payload))))
 
 
-def _read_sealed(fd: int, offset: int, limit: int) -> tuple[int, bytes] | None:
-    head = os.pread(fd, _HEADER.size, offset)
-    if len(head) < _HEADER.size:
+def _unsealed(block: bytes) -> tuple[int, bytes] | None:
+    """Generation and payload of a block that begins with its header; None if it is damaged."""
+    if len(block) < _HEADER.size:
         return None
-    magic, generation, nbytes, checksum = _HEADER.unpack(head)
-    if magic != _MAGIC or nbytes > limit - _HEADER.size:
-        return None
-    payload = os.pread(fd, nbytes, offset + _HEADER.size)
-    if len(payload) != nbytes or _checksum(generation, payload) != checksum:
+    magic, generation, nbytes, checksum = _HEADER.unpack_from(block)
+    payload = block[_HEADER.size : _HEADER.size + nbytes]
+    if magic != _MAGIC or len(payload) != nbytes or _checksum(generation, payload) != checksum:
         return None
     return generation, payload
 

@@ -17,6 +17,8 @@ from .memfd import MemfdPool
 from .page_client import REQUEST_TIMEOUT_S, RemotePages
 from .scatter import check_request, paired_runs, scatter
 from .sharing import fetch_pool
+from .store import parse_table, table_pages
+from .table import PageTable
 
 _log = logging.getLogger(__name__)
 _READ_BYTES = 16 << 20  # per system call, so that progress is seen
@@ -95,6 +97,14 @@ def open_pages(source: PageSource, timeout_s: float = 10.0, request_timeout_s: f
     if not source.port:
         raise InternalError("pages of a peer: neither a socket nor a port is known")
     return RemotePages(source.host, source.port, source.token, timeout_s, request_timeout_s)
+
+
+def read_table(reader: PageReader) -> PageTable:
+    """A pool's table as it is now; raises as `PageReader.read_into`, and `OperatorError` if it is damaged."""
+    pages = range(table_pages(reader.geometry))
+    memory = memoryview(bytearray(len(pages) * reader.geometry.page_bytes))
+    reader.read_into(pages, [memory])
+    return parse_table(memory, reader.geometry)
 
 
 class LocalPages:
