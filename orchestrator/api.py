@@ -80,7 +80,7 @@ class Deployment:
         return found
 
     def cancel(self, operation: str) -> OperationStatus:
-        """Withdraw an operation that has not been committed; it leaves no trace."""
+        """Withdraw an operation of which nothing has been committed; it leaves no trace."""
         status: OperationStatus = self._call("cancel", self._token(), operation)
         return status
 

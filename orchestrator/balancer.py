@@ -38,23 +38,27 @@ class Balancer:
     def __init__(self, site: Site, every_s: float, loads_file: str | None, now: Clock) -> None:
         self._site, self._every_s, self._file, self._now = site, every_s, loads_file, now
         self.window = LoadWindow.empty(site.model.layers, site.model.experts, now())
-        self._seen: dict[tuple[str, int], tuple[np.ndarray, int]] = {}
+        self._seen: dict[tuple[str, int], tuple[np.ndarray, int]] | None = None  # nobody has been observed yet
         self._planned_s = now()
         self.reason = "no plan yet"
 
     def observe(self, reports: Mapping[str, WorkerReport]) -> None:
-        """Add what workers have counted since they were last seen; a new generation counts from zero."""
-        pairs, steps = np.zeros_like(self.window.pairs_LE), 0
+        """Add what workers have counted since they were last seen; a new generation counts from zero.
+
+        What they had counted at the first look is left out: a controller before this one has seen it.
+        """
+        pairs, steps, seen = np.zeros_like(self.window.pairs_LE), 0, dict[tuple[str, int], tuple[np.ndarray, int]]()
         for name, report in reports.items():
             if not report.counts_LE:
                 continue
             key = (name, report.serving)
             counts = np.asarray(report.counts_LE, dtype=np.float64)
-            before, steps_before = self._seen.get(key, (np.zeros_like(counts), report.stats.steps))
+            begun = (counts if self._seen is None else np.zeros_like(counts)), report.stats.steps
+            before, steps_before = (self._seen or {}).get(key, begun)
             pairs += counts - before
             steps = max(steps, report.stats.steps - steps_before)
-            self._seen[key] = (counts, report.stats.steps)
-        self._seen = {k: v for k, v in self._seen.items() if k[0] in reports and k[1] == reports[k[0]].serving}
+            seen[key] = (counts, report.stats.steps)
+        self._seen = seen
         self.window = self.window.updated(pairs, steps, self._now())
 
     @property

@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
 
-from ..errors import InternalError
+from ..errors import InternalError, Unreachable
 from ..workers.owner import OwnerConfig, OwnerReport
 from ..workers.pages.transfer import PageSource
 from ..workers.roles import WorkerReport
@@ -18,6 +18,7 @@ from .hands import Hands, NodeInfo, OwnerHandle, WorkerHandle
 _log = logging.getLogger(__name__)
 _WATCH_S = 10.0
 _PATIENCE_S = 0.25  # for the answer of a worker, before a decision is made without it
+_RETRY_S = 0.1  # before one that could not be reached is called again
 _RECENT_S = 0.1  # for which a process's word stands, unless something was done to it
 _TELLING = (Abandon, Commit, Fill, Free, Prepare)  # effects on one process, which says how it is afterwards
 
@@ -38,6 +39,7 @@ class Pool:
     known_s: float = -inf  # what is known of it is no older than that
     heard_s: float = -inf  # when it was last heard
     touched_s: float = -inf  # when something was last done to it whose outcome it did not tell
+    unreached: str = ""  # why a call did not reach it, if one did not: then it has to be ended
 
     async def refresh(self) -> None:
         """Ask for its extents, if they have changed, and what came into them."""
@@ -55,7 +57,7 @@ class Pool:
 
     def fact(self, now_s: float, hang_s: float, since_s: float) -> PoolFact:
         """What it last said, unless it hangs; stale if it has not answered what it was asked before ``since_s``."""
-        failed = _hang(self.asked, now_s - self.asked_s, hang_s)
+        failed = self.unreached or _hang(self.asked, now_s - self.asked_s, hang_s)
         stale = self.asked is not None and self.asked_s < since_s
         return PoolFact(self.node, self.source.address, self.pages, failed, stale)
 
@@ -74,6 +76,7 @@ class Member:
     known_s: float = -inf  # as a pool's
     heard_s: float = -inf
     touched_s: float = -inf
+    unreached: str = ""
 
     def hear(self, told: WorkerReport, asked_s: float, now_s: float) -> None:
         """Take in the answer to what it was asked at ``asked_s``; a later report may have come before it."""
@@ -84,7 +87,7 @@ class Member:
     def fact(self, now_s: float, hang_s: float, nodes: Container[str] | None = None) -> WorkerFact:
         """What it last said, unless it hangs, or its node is not one of ``nodes`` (None: any)."""
         report = self.report
-        failed = report.failed or _hang(self.asked, now_s - self.asked_s, hang_s)
+        failed = report.failed or self.unreached or _hang(self.asked, now_s - self.asked_s, hang_s)
         if nodes is not None and self.node not in nodes:
             failed = f"node {self.node} is gone"
         return WorkerFact(
@@ -137,6 +140,10 @@ class Cluster:
         self._watch(self._watch_worker(member))
         return member
 
+    def add_lost(self, name: str, node: str, handle: WorkerHandle, why: str) -> None:
+        """Take note of a worker that may live, and has to be ended."""
+        self.workers[name] = Member(name, node, handle, WorkerReport(name, 0, frozenset(), 0, why))
+
     async def look(self, busy: frozenset[Effect], errors: Mapping[Effect, Fault]) -> Snapshot:
         """Ask whoever may have something new to say; one that does not answer at once is taken at its last word."""
         since_s = self.hands.now_s()
@@ -188,6 +195,9 @@ class Cluster:
         try:
             told = await pool.handle.report(pool.version)
             pool.hear(told, pool.asked_s, self.hands.now_s())
+        except Unreachable as e:
+            self._unreached(pool, e)
+            return
         except InternalError as e:
             self._lost_owner(name, pool, e)
             return
@@ -223,6 +233,8 @@ class Cluster:
     async def _ask(self, member: Member) -> None:
         try:
             member.hear(await member.handle.report(), member.asked_s, self.hands.now_s())
+        except Unreachable as e:
+            self._unreached(member, e)
         except InternalError as e:
             self._lost(member, e)
         except Exception as e:  # noqa: BLE001 - a worker that cannot say how it is is replaced
@@ -237,6 +249,10 @@ class Cluster:
             asked_s = self.hands.now_s()
             try:
                 told = await member.handle.watch(seen, _WATCH_S)
+            except Unreachable as e:
+                self._unreached(member, e)
+                await asyncio.sleep(_RETRY_S)
+                continue
             except InternalError as e:
                 self._lost(member, e)
                 return
@@ -245,6 +261,11 @@ class Cluster:
                 seen = told
                 if member.decided is None or member.decided.situation != told.situation:
                     self.changed()
+
+    def _unreached(self, process: Member | Pool, error: Unreachable) -> None:
+        """It may live, and map and write what its successor will: it must be ended, even if it is heard again."""
+        process.unreached = str(error)
+        self.changed()
 
     def _lost(self, member: Member, error: InternalError) -> None:
         if self.workers.get(member.name) is member:
@@ -256,6 +277,9 @@ class Cluster:
         while self.pools.get(name) is pool:
             try:
                 await pool.handle.wait(_WATCH_S)
+            except Unreachable as e:
+                self._unreached(pool, e)
+                await asyncio.sleep(_RETRY_S)
             except InternalError as e:
                 self._lost_owner(name, pool, e)
                 return

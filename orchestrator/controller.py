@@ -11,38 +11,39 @@ import hmac
 import logging
 import os
 import pickle
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf
 
-from ..errors import ConcertinaError, InternalError, OperatorError
+from ..errors import InternalError, OperatorError, Unreachable
 from ..workers.model_files import ModelFiles
 from .balancer import Balancer
 from .cluster import Cluster
 from .config import DeploymentConfig
-from .core.facts import Effect, Fault, PoolFact, WorkerFact
+from .core.facts import Effect, PoolFact, WorkerFact
 from .core.layout import Layout, node_of_pool
 from .core.operations import cancel, request
 from .core.state import Leaving, Operation, OperationKind, Stage, State
 from .core.step import step
-from .deeds import Deeds, fault_is_lasting
-from .hands import Hands
+from .deeds import Deeds
+from .hands import Hands, OwnerHandle, WorkerHandle
 from .kv_deeds import KVDeeds
 from .placing import Site
 from .planfiles import model_spec
 from .planning import Context, plan_layout
 from .preview import Preview, preview
 from .registry import Registry
-from .report import member_list, operation_status, operation_statuses, pool_statuses, worker_statuses
+from .report import member_list, operation_status, pool_statuses, worker_statuses
 from .resize import drained, named_devices, named_node, rebalanced, resized, route
 from .seating import nodes_called
 from .status import DeploymentStatus, MemberList, OperationStatus, Progress
+from .under_way import UnderWay, error_text
 
 _log = logging.getLogger(__name__)
 _TICK_S = 1.0
 _STOP_S = 2.0
-_BACK_OFF_S = 0.3  # before an effect that failed is tried again
+_LATEST = 10  # operations in a status
 
 
 @dataclass(slots=True)
@@ -75,13 +76,11 @@ class Controller:
     def __init__(self, config: DeploymentConfig, hands: Hands) -> None:
         self._config = config
         self._hands = hands
-        self._begin_s = hands.now_s()
-        self._state = State(standbys=config.standbys)
+        self._state = State(standbys=config.standbys, began_s=hands.now_s())
         self._reason = "reading the checkpoint"
         self._cluster = Cluster(hands, config.hang_timeout_s, self._woken)
         self._deeds: Deeds | None = None
-        self._busy: dict[Effect, asyncio.Task[None]] = {}
-        self._errors: dict[Effect, Fault] = {}
+        self._under_way = UnderWay(self._do, self._ended)
         self._balancer: Balancer | None = None
         self._members = MemberList(int(1000 * hands.now_s()))  # other versions than before a restart
         self._moved = Moved()
@@ -122,22 +121,31 @@ class Controller:
         model = await self._open()
         existing = await self._hands.existing()
         prefix = f"{self._config.name}/"
-        for name, owner in existing.owners.items():
-            pool = name.removeprefix(prefix)
-            await self._find_again(name, self._cluster.add_pool(pool, node_of_pool(pool), owner))
-        for name, (node, worker) in existing.workers.items():
-            await self._find_again(name, self._cluster.add_worker(name, node, worker))
+        finding = [self._find_worker(name, *found) for name, found in existing.workers.items()]
+        finding += [self._find_owner(name.removeprefix(prefix), owner) for name, owner in existing.owners.items()]
+        await asyncio.gather(*finding)
         record = self._state.serving or (self._state.pending.record if self._state.pending else None)
         if record is not None:
             self._begin(model, record.layout)
 
-    async def _find_again(self, name: str, noting: Coroutine[None, None, object]) -> None:
-        """Note a process of before; one that has died, or gives no answer, is replaced later."""
+    async def _find_worker(self, name: str, node: str, handle: WorkerHandle) -> None:
+        """Note a worker of before; one that gives no answer is ended before another takes its place."""
         try:
-            await asyncio.wait_for(noting, self._config.hang_timeout_s)
+            await asyncio.wait_for(self._cluster.add_worker(name, node, handle), self._config.hang_timeout_s)
+        except (Unreachable, TimeoutError) as e:
+            self._cluster.add_lost(name, node, handle, str(e) or "it gives no answer to a new controller")
+        except InternalError as e:
+            _log.warning("%s", e)
+
+    async def _find_owner(self, pool: str, handle: OwnerHandle) -> None:
+        """Note an owner of before; one that gives no answer has its name, so that no other one comes beside it."""
+        try:
+            adding = self._cluster.add_pool(pool, node_of_pool(pool), handle)
+            await asyncio.wait_for(adding, self._config.hang_timeout_s)
         except (InternalError, TimeoutError) as e:
-            _log.warning("%s is not taken up again: %s", name, e or "it gives no answer")
-            await self._hands.kill(name)
+            _log.warning("memory owner %s is not taken up again: %s", pool, e or "it gives no answer")
+            with suppress(InternalError):  # tried again when its successor is started
+                await self._hands.kill(f"{self._config.name}/{pool}")
 
     def check(self) -> None:
         """Raise `InternalError` if the deployment has failed."""
@@ -153,8 +161,9 @@ class Controller:
         """End the loop, all workers and all owners, and forget the state."""
         if self._loop is not None:
             self._loop.cancel()
-        for task in (*self._busy.values(), *([self._planning] if self._planning else [])):
-            task.cancel()
+        if self._planning is not None:
+            self._planning.cancel()
+        self._under_way.cancel()
         self._cluster.close()
         names = [*self._cluster.workers, *(pool.config.name for pool in self._cluster.pools.values())]
         stops = (asyncio.wait_for(m.handle.stop(), _STOP_S) for m in self._cluster.workers.values())
@@ -185,13 +194,13 @@ class Controller:
             dtype=model.dtype if model else config.dtype,
             layers=len(model.config.moe_layers) if model else 0,
             experts=model.config.experts if model else 0,
-            uptime_s=self._hands.now_s() - self._begin_s,
+            uptime_s=self._hands.now_s() - self._state.began_s,
             workers=worker_statuses(record, self._cluster.workers) if record else (),
             pools=await pool_statuses(self._cluster),
             standbys=self._standbys(),
-            operations=operation_statuses(self._state, self._reason, self._begin_s),
+            operations=tuple(self._told(operation) for operation in self._state.operations[-_LATEST:]),
             cordoned=tuple(sorted(self._state.cordoned & set(self._cluster.nodes))),
-            detail=self._state.failure,
+            detail=self._state.failure or self._under_way.trouble,
             emulated_step_ms=config.engine.emulated_step_ms,
         )
 
@@ -215,7 +224,8 @@ class Controller:
     async def rebalance(self, token: str) -> OperationStatus:
         """Let experts go where the loads measured so far want them; raises like `scale`, and without any loads."""
         self._admit(token)
-        if self._config.loads_file is None and (self._balancer is None or self._balancer.loads is None):
+        kept = self._config.loads_file is not None and os.path.exists(self._config.loads_file)
+        if not kept and (self._balancer is None or self._balancer.loads is None):
             raise OperatorError("rebalance: too few tokens were routed so far to tell hot experts from cold ones")
         return await self._ask("rebalance", "for the measured loads", (await self._plan(rebalanced))[1])
 
@@ -281,7 +291,7 @@ class Controller:
 
     def _told(self, operation: Operation) -> OperationStatus:
         moved = (self._moved.done, self._moved.total) if operation.id == self._moved.operation else (0, 0)
-        return operation_status(operation, self._reason, self._begin_s, moved)
+        return operation_status(operation, self._reason, self._state.began_s, moved, self._under_way.trouble)
 
     def _admit(self, token: str) -> None:
         if not hmac.compare_digest(token.encode(), self._config.token.encode()):
@@ -291,10 +301,13 @@ class Controller:
         """From where the deployment is, or is just going: where that is, and the way to the planned layout."""
         if self._state.serving is None:
             raise OperatorError("the deployment does not serve yet; ask again when it does")
-        await self._cluster.look_at_nodes()  # one may have joined just now
-        context, base = self._context(), self._base()
-        target = await asyncio.to_thread(plan, base, context)
-        return base, await asyncio.to_thread(route, base, target, context)
+        while True:
+            await self._cluster.look_at_nodes()  # one may have joined just now
+            context, base = self._context(), self._base()
+            target = await asyncio.to_thread(plan, base, context)
+            way = await asyncio.to_thread(route, base, target, context)
+            if (base, context.cordoned) == (self._base(), self._state.cordoned):  # nothing has come between
+                return base, way
 
     def _standbys(self) -> int:
         return sum(member.fact(0.0, inf).idle for member in self._cluster.workers.values())
@@ -347,15 +360,16 @@ class Controller:
                 await self._turn()
         except Exception as e:  # noqa: BLE001 - whatever ends the loop must end the deployment: nobody acts any more
             _log.exception("the controller's loop failed")
-            self._state = replace(self._state, failure=f"the controller's loop failed: {_text(e)}")
+            self._state = replace(self._state, failure=f"the controller's loop failed: {error_text(e)}")
             await self._tell()
 
     async def _turn(self) -> None:
         self._wake.clear()
         self._balance()
         await self._cluster.look_at_nodes()
-        errors, self._errors = self._errors, {}
-        snapshot = await self._cluster.look(frozenset(self._busy), errors)  # nothing slow between this and the decision
+        under_way = self._under_way
+        # Nothing slow between this and the decision.
+        snapshot = await self._cluster.look(under_way.busy, under_way.take_errors())
         if self._state.operation is not None and self._deeds is not None:
             self._moved.note(self._state.operation.id, self._cluster.moved_bytes, self._deeds.wanted_bytes)
         facts: dict[str, WorkerFact | PoolFact] = {**snapshot.workers, **snapshot.pools}
@@ -369,8 +383,7 @@ class Controller:
         if decision.reason != self._reason:
             _log.info("%s", decision.reason)
         self._reason = decision.reason
-        for effect in decision.effects:
-            self._busy[effect] = asyncio.create_task(self._do(effect))
+        under_way.start(decision.effects, alone=self._state.pending is None)
         await self._tell()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), min(_TICK_S, max(0.0, decision.again_s - self._hands.now_s())))
@@ -378,7 +391,7 @@ class Controller:
     async def _tell(self) -> None:
         """Wake who waits for the state, or the list of members, to change."""
         heirs = self._deeds.kv.heirs if self._deeds is not None else {}
-        listed = member_list(self._state, self._cluster, self._busy, heirs, self._members.version + 1)
+        listed = member_list(self._state, self._cluster, self._under_way.tasks, heirs, self._members.version + 1)
         if replace(listed, version=self._members.version) != self._members:
             self._members = listed
         async with self._changed:
@@ -407,24 +420,12 @@ class Controller:
 
     async def _do(self, effect: Effect) -> None:
         assert self._deeds is not None
-        try:
-            await self._deeds.do(effect)
-        except Exception as e:  # noqa: BLE001 - one that is not noted would be asked for again, for ever
-            _log.error("%s: %s", effect, e, exc_info=not isinstance(e, ConcertinaError))
-            self._errors[effect] = Fault(_text(e), fault_is_lasting(e))
-            self._cluster.touch(effect, failed=True)  # perhaps by somebody's death
-            self._woken()
-            await asyncio.sleep(_BACK_OFF_S)
-        finally:
-            del self._busy[effect]
-            self._cluster.touch(effect)
-            self._woken()
+        await self._deeds.do(effect)
+
+    def _ended(self, effect: Effect, failed: bool) -> None:
+        self._cluster.touch(effect, failed=failed)  # a failure is perhaps by somebody's death
+        self._woken()
 
 
 def _change(base: Layout, way: tuple[Layout, ...]) -> str:
     return f"{len(base.seats)} -> {len(way[-1].seats)} workers"
-
-
-def _text(error: Exception) -> str:
-    """Our own errors speak for themselves; others need their type."""
-    return str(error) if isinstance(error, ConcertinaError) else f"{type(error).__name__}: {error}"

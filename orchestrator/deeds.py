@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 
-from ..errors import ConcertinaError, InternalError, OperatorError, Unreachable
+from ..errors import ConcertinaError, InternalError, Unreachable
 from ..workers.engine.scheduler import SchedulerConfig
 from ..workers.generation import Assignment, ExchangeSpec, Generation
 from ..workers.model_files import ModelFiles
@@ -244,8 +244,3 @@ class Deeds:
     def _threads(self, node: str) -> int:
         beside = sum(seat.node == node for seat in self.registry.record().layout.seats)
         return self._config.engine.threads or max(1, self._cluster.nodes[node].cpus // max(1, beside))
-
-
-def fault_is_lasting(error: Exception) -> bool:
-    """Whether an effect that ended so would end so again."""
-    return isinstance(error, OperatorError)

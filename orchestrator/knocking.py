@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from collections.abc import Collection
 from contextlib import suppress
@@ -12,6 +13,7 @@ from math import inf
 Address = tuple[str, int]
 _FRESH_S = 0.1  # an answer is taken for so long
 _ANSWER_S = 0.5
+_OUR_OWN = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENETDOWN, errno.ENETUNREACH)
 _TRIES = 2  # of somebody who is silent; who refuses is not asked again
 _PATIENCE_S = 0.02  # for all answers, before those missing are taken to be what they were
 
@@ -47,18 +49,23 @@ class Knocking:
 
     async def _ask(self, address: Address, door: _Door) -> None:
         door.asked_s = time.monotonic()
-        door.opens = await _opens(address)
+        opens = await _opens(address)
+        if opens is not None:
+            door.opens = opens
         door.asking = None
 
 
-async def _opens(address: Address) -> bool:
+async def _opens(address: Address) -> bool | None:
+    """None if this machine could not ask: that says nothing of the other one."""
     for _ in range(_TRIES):
         try:
             async with asyncio.timeout(_ANSWER_S):
                 _, writer = await asyncio.open_connection(*address)
         except ConnectionRefusedError:
             return False
-        except OSError:  # a time-out too: a packet may be lost
+        except OSError as e:  # a time-out too: a packet may be lost
+            if e.errno in _OUR_OWN:
+                return None
             continue
         writer.close()
         with suppress(OSError):

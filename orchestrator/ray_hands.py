@@ -13,7 +13,7 @@ import ray
 from ray._private.state import actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..errors import InternalError
+from ..errors import InternalError, Unreachable
 from ..workers.owner import OwnerConfig
 from ..workers.roles import WorkerConfig
 from .actors import OwnerActor, WorkerActor
@@ -41,9 +41,9 @@ _FRESH_S = 0.25
 
 
 class _Handle:
-    """An actor whose methods are awaited as those of a local object; a dead one raises `InternalError`.
+    """An actor whose methods are awaited as those of a local object.
 
-    ``unreached`` is called then, too.
+    A dead one raises `InternalError`, one that cannot be reached `Unreachable`; ``unreached`` is called then, too.
     """
 
     def __init__(self, actor: Any, what: str, unreached: Callable[[], None]) -> None:
@@ -64,7 +64,7 @@ class _Handle:
                 raise InternalError(f"{self._what}: its process ended") from e
             except ray.exceptions.RayError as e:
                 self._unreached()
-                raise InternalError(f"{self._what}: cannot be reached: {str(e).splitlines()[0]}") from e
+                raise Unreachable(f"{self._what}: cannot be reached: {str(e).splitlines()[0]}") from e
 
         return call
 

@@ -13,7 +13,7 @@ from .core.facts import Effect, HandOver
 from .core.state import Operation, Record, State
 from .status import MemberList, OperationStatus, PoolStatus, WorkerAddress, WorkerStatus
 
-_LATEST = 10  # operations in a status
+_ANSWER_S = 1.0
 
 
 def worker_statuses(record: Record, members: Mapping[str, Member]) -> tuple[WorkerStatus, ...]:
@@ -61,15 +61,16 @@ def _routed(record: Record, rank: int, reports: Sequence[WorkerReport]) -> float
 
 
 async def pool_statuses(cluster: Cluster) -> tuple[PoolStatus, ...]:
-    """Pages of every pool by purpose; a pool whose owner has just died is left out."""
+    """Pages of every pool by purpose; a pool whose owner has just died, or gives no answer, is left out."""
     told = await asyncio.gather(*(_pool_status(name, pool) for name, pool in sorted(cluster.pools.items())))
     return tuple(status for status in told if status is not None)
 
 
 async def _pool_status(name: str, pool: Pool) -> PoolStatus | None:
     try:
-        usage, told = await asyncio.gather(pool.handle.usage(), pool.handle.report(pool.version))
-    except InternalError:
+        async with asyncio.timeout(_ANSWER_S):
+            usage, told = await asyncio.gather(pool.handle.usage(), pool.handle.report(pool.version))
+    except (InternalError, TimeoutError):
         return None
     loaded, copied = told.loaded_bytes, told.copied_bytes
     return PoolStatus(name, pool.node, pool.config.page_bytes, pool.config.pages, usage, loaded, copied)
@@ -113,15 +114,13 @@ def _devices(state: State) -> set[str]:
     return {device for record in records if record is not None for device in record.layout.devices}
 
 
-def operation_statuses(state: State, phase: str, begin_s: float) -> tuple[OperationStatus, ...]:
-    """The latest operations, oldest first."""
-    return tuple(operation_status(o, phase, begin_s) for o in state.operations[-_LATEST:])
-
-
 def operation_status(
-    operation: Operation, phase: str, begin_s: float, moved: tuple[int, int] = (0, 0)
+    operation: Operation, phase: str, begin_s: float, moved: tuple[int, int] = (0, 0), trouble: str = ""
 ) -> OperationStatus:
-    """An operation as others see it, in seconds since the deployment began; ``moved`` are bytes done and in all."""
+    """An operation as others see it, in seconds since the deployment began; ``moved`` are bytes done and in all.
+
+    ``trouble`` is what keeps one that is under way from its end.
+    """
     running = operation.outcome == "running"
     if running and operation.committed_s:
         phase = "clearing up"
@@ -131,7 +130,7 @@ def operation_status(
         text=operation.text,
         state=operation.outcome,
         phase=phase if running else "",
-        reason=operation.reason,
+        reason=operation.reason or (trouble if running else ""),
         started_s=operation.started_s - begin_s,
         committed_s=operation.committed_s - begin_s if operation.committed_s else 0.0,
         ended_s=operation.ended_s - begin_s if operation.ended_s else 0.0,

@@ -14,7 +14,7 @@ from .operation_run import Target, target_options
 @click.argument("operation")
 @target_options(waits=False)
 def command(target: Target, operation: str) -> None:
-    """Withdraw OPERATION. Until it is committed this undoes all of it; afterwards it is refused."""
+    """Withdraw OPERATION. Until its first commit this undoes all of it; afterwards it is refused."""
     from .operation_view import outcome
 
     status = target.deployment().cancel(operation)

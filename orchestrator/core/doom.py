@@ -17,7 +17,7 @@ from .facts import (
     StartWorker,
     WorkerFact,
 )
-from .health import broken
+from .health import broken, needs_store
 from .state import Pending, Record, Stage, State
 
 
@@ -60,6 +60,8 @@ def _trouble(state: State, pending: Pending, snapshot: Snapshot) -> str:
     gone = sorted(set(record.layout.nodes) - snapshot.nodes)
     if gone:
         return f"node {gone[0]} is gone"
+    if pending.stage is Stage.PREPARE and needs_store(record.layout) and snapshot.store is None:
+        return "the store at which its members meet ended with the controller"
     begun = pending.stage in (Stage.PREPARE, Stage.COMMIT)
     for rank, worker in enumerate(record.workers):
         fact = snapshot.workers.get(worker)

@@ -166,7 +166,12 @@ def _standby_pools(state: State, snapshot: Snapshot) -> Iterator[StartOwner | St
     needed = layout.pools()
     next_ones = islice(layout.inventory.free(layout.devices), state.standbys if layout.memory_mode == "separate" else 0)
     nodes = [node for node in layout.nodes if node in snapshot.nodes]
-    wanted = {own_pool(seat): seat for e in next_ones for seat in (Seat(e.device, node, e.kind) for node in nodes)}
+    wanted = {}
+    for entry in next_ones:
+        bound = entry.node in snapshot.nodes  # else to none, or to one by its address, which is not known here
+        for node in [n for n in nodes if not bound or n == entry.node]:
+            seat = Seat(entry.device, node, entry.kind)
+            wanted[own_pool(seat)] = seat
     for pool, fact in sorted(snapshot.pools.items()):
         if pool not in needed and pool not in wanted and not set(fact.pages) - {LEDGER_KEY}:
             yield StopOwner(pool)

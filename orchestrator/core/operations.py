@@ -48,7 +48,7 @@ def cancel(state: State, operation_id: str, now_s: float) -> State:
     Raises
     ------
     OperatorError
-        There is no such operation, it has ended, or its generation is being committed.
+        There is no such operation, it has ended, or one of its generations has been, or is being, committed.
     """
     current = state.operation
     if current is None or current.id != operation_id:
@@ -57,7 +57,8 @@ def cancel(state: State, operation_id: str, now_s: float) -> State:
             known = ", ".join(o.id for o in state.operations[-5:]) or "none"
             raise OperatorError(f"operation: {operation_id!r} is unknown; the latest are: {known}")
         raise OperatorError(f"operation: {operation_id} has ended already ({found.outcome})")
-    if current.committed_s or (state.pending is not None and state.pending.stage is Stage.COMMIT):
+    on_the_way = state.serving is not None and state.serving.layout in current.route
+    if current.committed_s or on_the_way or (state.pending is not None and state.pending.stage is Stage.COMMIT):
         raise OperatorError(f"operation: {operation_id} is being committed; ask for another size instead")
     state = replace(state, cordoned=state.cordoned - {current.cordons})
     return _drop(state, "canceled", "as asked", now_s)
@@ -68,8 +69,10 @@ def end(state: State, outcome: Outcome, reason: str, now_s: float) -> State:
     if state.operation is None:
         return state
     ended = replace(state.operation, outcome=outcome, reason=reason, ended_s=now_s)
-    # One that is superseded may have committed, and its devices still hand over.
-    deadlines = state.deadlines if outcome == "superseded" else {}
+    deadlines = state.deadlines
+    if outcome != "superseded":  # one that is may have committed, and its devices still hand over, as may earlier ones
+        here = state.serving.layout.devices if state.serving is not None and outcome != "done" else deadlines
+        deadlines = {device: until_s for device, until_s in deadlines.items() if device not in here}
     return replace(state, operations=(*state.operations[:-1], ended), deadlines=deadlines)
 
 

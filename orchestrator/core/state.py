@@ -102,6 +102,8 @@ class State:
         Oldest first; a bounded number of them.
     standbys : int
         Idle workers to keep on every node that serves.
+    began_s : float
+        When the deployment began.
     attempts : int
         Generations withdrawn in a row.
     short_lives : int
@@ -125,6 +127,7 @@ class State:
     serving: Record | None = None
     pending: Pending | None = None
     standbys: int = 0
+    began_s: float = 0.0
     next_generation: int = 1
     next_worker: int = 0
     next_operation: int = 1

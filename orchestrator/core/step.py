@@ -134,6 +134,8 @@ def _begin(state: State, snapshot: Snapshot) -> State:
         return _recover(state, snapshot, reason)
     state = _without_dead_nodes(state, snapshot)
     layout = next_layout(state)
+    if state.serving is None and layout is None and state.operations:  # nobody can ask for anything before it serves
+        return _fail(state, f"{state.operations[-1].outcome} {state.operations[-1].reason}", snapshot)
     if (
         layout is None
         or opens_s(state) > snapshot.now_s
@@ -150,8 +152,10 @@ def _recover(state: State, snapshot: Snapshot, reason: str) -> State:
     if opens_s(state) > snapshot.now_s:
         return state
     layout = survive(state.serving.layout, snapshot.nodes)
-    if layout is None:
-        return _fail(state, f"{reason}; the devices that are left do not hold the model", snapshot)
+    if layout is None:  # for the moment: a node that is silent may be back
+        state = failed(state, snapshot.now_s)
+        lost = f"{reason}; the devices that are left do not hold the model"
+        return _fail(state, lost, snapshot) if state.attempts >= RECOVERIES else state
     return _open(state, layout, snapshot, recovery=True)
 
 
@@ -230,7 +234,8 @@ def _effects(state: State, snapshot: Snapshot) -> tuple[State, list[Effect]]:
         return state, effects + list(strays(state, snapshot))  # the rest has time until it has recovered
     effects += leftovers(state, snapshot)
     clear = _is_clear(state, snapshot)
-    if clear and next_layout(state) is None:  # what comes next would have KV yield again
+    taking = any(isinstance(e, HandOver) for e in snapshot.busy)  # an heir, whose KV grows by that
+    if clear and not taking and next_layout(state) is None:  # what comes next would have KV yield again
         effects += resizes(state, snapshot)
     if state.operation is not None:
         return state, effects  # processes that start would take the time that it needs

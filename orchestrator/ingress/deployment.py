@@ -107,6 +107,8 @@ class Lifeline:
         except ValueError:
             time.sleep(self.every_s)
             return False
+        except ray.exceptions.RayError as e:  # nobody could say
+            _log.warning("whether actor %r lives is not known: %s", self.actor, e)
         return True
 
 

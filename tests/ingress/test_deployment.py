@@ -81,6 +81,20 @@ def port(checkpoint: Path, engines: list[ToyEngine]) -> Iterator[int]:
         ray.shutdown()
 
 
+def test_no_answer_of_the_cluster_does_not_end_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    from concertina.orchestrator.ingress.deployment import Lifeline
+
+    def unknown(*_: object) -> None:
+        raise ray.exceptions.RpcError("the cluster gives no answer")
+
+    lifeline = Lifeline("controller", "test", "toy", False, every_s=0.0)
+    monkeypatch.setattr(ray, "get_actor", unknown)
+    assert lifeline._alive()
+    monkeypatch.setattr(ray, "get_actor", lambda *_: (_ for _ in ()).throw(ValueError("no such actor")))
+    assert not lifeline._alive()
+
+
 def test_serve(port: int, engines: list[ToyEngine]) -> None:
     """Answers, errors, a client that leaves and whatever can be lost, through Serve's proxy."""
     client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0, timeout=60)

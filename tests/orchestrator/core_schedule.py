@@ -214,8 +214,12 @@ class Schedule:
         try:
             self.state = cancel(self.state, operation.id, self.world.now_s)
         except OperatorError:
-            late = bool(operation.committed_s) or (pending is not None and pending.stage is Stage.COMMIT)
-            must(late, "C13: an operation before its commit could not be canceled")
+            serving = self.state.serving
+            on_the_way = bool(operation.committed_s) or (serving is not None and serving.layout in operation.route)
+            must(
+                on_the_way or (pending is not None and pending.stage is Stage.COMMIT),
+                "C13: an operation before its commit could not be canceled",
+            )
             return
         must(self.state.operations[-1].outcome == "canceled", "C13: a canceled operation has another outcome")
         self.note(f"canceled {operation.id}")

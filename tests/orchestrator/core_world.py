@@ -138,7 +138,7 @@ class World:
                     self.orphans.append(orphan)
         for pool in self.owners.values():
             pool.tight = pool.tight or bool(self.orphans)
-        self.busy, self.errors = {}, {}
+        self.busy, self.errors, self.store = {}, {}, None
         self._seen, self._ghosts = {}, {}
 
     def double(self, effect: Effect) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 
-from concertina.errors import InternalError, OperatorError
+from concertina.errors import InternalError, OperatorError, Unreachable
 from concertina.orchestrator.hands import Existing, NodeInfo
 from concertina.workers.generation import Assignment, KVSource, kv_key
 from concertina.workers.loading import Piece
@@ -44,6 +45,7 @@ class FakeOwner:
     faults: Faults
     dead: bool = False
     hangs: bool = False
+    unreachable: bool = False
     extents: dict[str, tuple[int, ...]] = field(default_factory=dict)
     loaded: int = 0
     version: int = 0
@@ -73,6 +75,8 @@ class FakeOwner:
     def _alive(self) -> None:
         if self.dead:
             raise InternalError(f"memory owner {self.config_.name}: its process ended")
+        if self.unreachable:
+            raise Unreachable(f"memory owner {self.config_.name}: cannot be reached")
 
     async def extend(self, key: str, purpose: str, pages: int, had: int) -> tuple[int, ...]:
         self._take(key, pages)
@@ -139,13 +143,17 @@ class FakeWorker:
     released_to: str | None = None
     dead: bool = False
     hangs: bool = False
+    unreachable: bool = False
     stopped: bool = False
+    limits_s: list[float | None] = field(default_factory=list)
 
     async def _alive(self) -> None:
         while self.hangs and not self.dead:
             await asyncio.sleep(0.01)
         if self.dead:
             raise InternalError(f"{self.config.name}: its process ended")
+        if self.unreachable:
+            raise Unreachable(f"{self.config.name}: cannot be reached")
 
     async def prepare(self, assignment: Assignment) -> WorkerReport:
         await self._alive()
@@ -187,15 +195,19 @@ class FakeWorker:
 
     async def adopt_kv(self, source: KVSource, blocks: int, limit_s: float | None) -> tuple[int, ...]:
         await self._alive()
-        await self.faults.met("adopt_kv")
+        self.limits_s.append(limit_s)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.faults.met("adopt_kv"), limit_s)
         return self.kv
 
     async def release(self, moved_to: str) -> None:
         await self._alive()
+        await self.faults.met("release")
         self.released_to, self.retired, self.device, self.kv = moved_to, 0, "", ()
 
     async def lend(self, pool: str) -> str | None:
         await self._alive()
+        await self.faults.met("lend")
         part = self.prepared.get(self.serving)
         mapped = part is not None and pool in (part.device.name, part.node.name)
         return f"@lent/{pool}" if mapped else None
@@ -277,6 +289,7 @@ class FakeHands:
         return self.placed
 
     async def kill(self, name: str) -> None:
+        await self.faults.met("kill")
         self.killed.append(name)
         for process in (*self.owners, *self.workers):
             if name in (getattr(process, "config_", None) or process.config).name:

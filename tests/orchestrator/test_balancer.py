@@ -68,12 +68,22 @@ def test_differences_are_counted_once_and_a_new_generation_from_zero():
     clock = Clock()
     balancer = Balancer(Site(SEATS, MODEL), 60.0, None, clock)
     ones = np.ones((2, 8))
+    balancer.observe({})
     balancer.observe({"w0": report("w0", ones * 10, 100), "w1": report("w1", ones * 20, 100)})
     balancer.observe({"w0": report("w0", ones * 10, 100), "w1": report("w1", ones * 25, 110)})
     assert balancer.window.pairs_LE.sum() == 16 * 35
     assert balancer.window.steps == 10
     balancer.observe({"w0": report("w0", ones * 3, 120, serving=2), "w1": report("w1", ones * 0, 120, serving=2)})
     assert balancer.window.pairs_LE.sum() == 16 * 38
+
+
+def test_what_was_counted_before_a_restart_of_the_controller_is_left_out():
+    balancer = Balancer(Site(SEATS, MODEL), 60.0, None, Clock())
+    ones = np.ones((2, 8))
+    balancer.observe({"w0": report("w0", ones * 1e12, 10**9)})
+    assert balancer.window.pairs_LE.sum() == balancer.window.steps == 0
+    balancer.observe({"w0": report("w0", ones * (1e12 + 4), 10**9 + 2)})
+    assert (balancer.window.pairs_LE.sum(), balancer.window.steps) == (16 * 4, 2)
 
 
 def test_it_plans_only_when_it_is_time_and_enough_was_seen():
@@ -85,6 +95,7 @@ def test_it_plans_only_when_it_is_time_and_enough_was_seen():
     balancer.observe({"w0": report("w0", np.ones((2, 8)) * 1000, 10)})
     assert balancer.due
     never = Balancer(Site(SEATS, MODEL), 0.0, None, clock)
+    never.observe({})
     never.observe({"w0": report("w0", np.ones((2, 8)) * 1000, 10)})
     clock.now_s = 1e6
     assert not never.due

@@ -9,6 +9,7 @@ import pytest
 from concertina.orchestrator.core.facts import (
     Commit,
     Free,
+    HandOver,
     PoolFact,
     Prepare,
     ResizeKV,
@@ -18,6 +19,7 @@ from concertina.orchestrator.core.facts import (
     StopOwner,
     WorkerFact,
 )
+from concertina.orchestrator.core.inventory import Entry, Inventory, Kind
 from concertina.orchestrator.core.layout import Layout, Seat
 from concertina.orchestrator.core.leftovers import yields
 from concertina.orchestrator.core.operations import request
@@ -156,6 +158,28 @@ def test_standbys_have_a_memory_ready_where_devices_have_their_own(mode, standby
     assert step(state, more).effects == (StopOwner("device/a/cpu-7"), *starts, *workers)
     left = replace(snapshot, pools={**snapshot.pools, "device/a/cpu-7": full})
     assert StopOwner("device/a/cpu-7") not in step(state, left).effects
+
+
+def test_kv_that_an_heir_is_taking_over_keeps_its_size():
+    """Its extent has pages by then that it does not map yet: those would be freed."""
+    state, snapshot = _at_rest("shared", 0)
+    workers = {**snapshot.workers, "worker-0": replace(snapshot.workers["worker-0"], kv_blocks=1)}
+    grown = replace(snapshot, workers=workers)
+    blocks = state.serving.layout.kv_blocks(0)
+    assert step(state, grown).effects == (ResizeKV("worker-0", blocks),)
+    assert step(state, replace(grown, busy=frozenset({HandOver("cpu-9", "node/a", "worker-0")}))).effects == ()
+
+
+def test_memory_stands_by_only_where_its_device_may_be():
+    state, snapshot = _at_rest("separate", 1)
+    entries = (Entry("cpu-0", Kind()), Entry("cpu-1", Kind()), Entry("cpu-2", Kind(), "b"))
+    layout = replace(state.serving.layout, inventory=Inventory(entries))
+    elsewhere = replace(state, serving=replace(state.serving, layout=layout))
+    both = replace(snapshot, nodes=frozenset("ab"))
+    assert not any(isinstance(e, StartOwner) for e in step(elsewhere, both).effects)
+    here = replace(layout, inventory=Inventory((*entries[:2], Entry("cpu-2", Kind(), "a"))))
+    effects = step(replace(state, serving=replace(state.serving, layout=here)), both).effects
+    assert [e.pool for e in effects if isinstance(e, StartOwner)] == ["device/a/cpu-2"]
 
 
 def test_no_standby_starts_while_an_operation_is_under_way():

@@ -421,27 +421,34 @@ def test_a_drained_node_gets_no_workers_until_it_is_undrained(checkpoint: Path) 
 
 
 def test_a_restarted_controller_knows_the_deadline(checkpoint: Path) -> None:
-    """The heir never comes to an end; what ends waiting for it is the deadline."""
+    """The heir never comes to an end by itself; what it has by the deadline is what there is."""
 
     async def go() -> None:
-        async with controlled(checkpoint, 2) as (first, hands, token):
+        async with controlled(checkpoint, 2, memory_mode="separate") as (first, hands, token):
             hands.faults.held.add("adopt_kv")
             operation = await first.drain(token, "cpu-1", 2.0)
             await until(lambda: "adopt_kv" in hands.faults.calls)
             second = await restarted(first, hands)
             assert (await done(second, token, operation)).state == "done"
-            assert hands.workers[1].released_to == ""
+            assert hands.workers[1].released_to == "cpu-0"
+            before, after = hands.workers[0].limits_s
+            assert 0.0 < after < before <= 2.0
             await second.stop()
 
     asyncio.run(go())
 
 
-async def restarted(first: Controller, hands: FakeHands) -> Controller:
+async def resumed(first: Controller, hands: FakeHands) -> Controller:
     assert first._loop is not None
-    for task in (first._loop, *first._busy.values()):
+    for task in (first._loop, *first._under_way.tasks.values()):
         task.cancel()
     second = Controller(first._config, hands)
     await second.resume()
+    return second
+
+
+async def restarted(first: Controller, hands: FakeHands) -> Controller:
+    second = await resumed(first, hands)
     await asyncio.wait_for(second.start(), LIMIT_S)
     return second
 

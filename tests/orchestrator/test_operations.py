@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from concertina.errors import OperatorError
 from concertina.orchestrator.core.facts import Fault, Fill, Prepare
 from concertina.orchestrator.core.layout import Layout
-from concertina.orchestrator.core.operations import cancel, request
+from concertina.orchestrator.core.operations import cancel, end, request
 from concertina.orchestrator.core.state import Leaving, Stage, State
 
 from .core_rest import check_rest
@@ -101,6 +103,35 @@ def test_cancel_is_refused_once_it_commits(schedule: Schedule) -> None:
     schedule.settle()
     with pytest.raises(OperatorError, match="op-2 has ended already"):
         cancel(schedule.state, "op-2", 1.0)
+
+
+def test_cancel_is_refused_between_the_generations_of_a_route(schedule: Schedule) -> None:
+    """What is there then was asked for by nobody."""
+    schedule.ask("scale", (schedule.layouts[-1], schedule.layouts[9]))
+    for _ in range(400):
+        schedule.turn()
+        if serving(schedule) == schedule.layouts[-1]:
+            break
+        for effect in list(schedule.world.busy):
+            schedule.world.advance(effect)
+        for generation in schedule.world.running():
+            schedule.world.boundary(generation)
+    with pytest.raises(OperatorError, match="op-2 is being committed; ask for another size instead"):
+        cancel(schedule.state, "op-2", 1.0)
+    schedule.settle()
+    assert serving(schedule) == schedule.layouts[9]
+
+
+def test_what_becomes_of_a_later_operation_leaves_deadlines_of_devices_that_have_left(schedule: Schedule) -> None:
+    serving = schedule.state.serving
+    assert serving is not None
+    here, now_s = serving.layout.devices[0], schedule.world.now_s
+    state = replace(schedule.state, deadlines={here: 60.0, "cpu-9": 50.0})
+    followed = request(state, "scale", "", schedule.layouts[9:10], now_s)
+    assert cancel(followed, followed.operations[-1].id, now_s).deadlines == {"cpu-9": 50.0}
+    assert end(followed, "failed", "why", now_s).deadlines == {"cpu-9": 50.0}
+    assert end(followed, "superseded", "why", now_s).deadlines == state.deadlines
+    assert end(followed, "done", "", now_s).deadlines == {}
 
 
 def test_a_second_request_supersedes_the_first_before_commit(schedule: Schedule) -> None:

@@ -23,16 +23,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint("mixtral", tmp_path_factory.mktemp("mixtral"))
 
 
-def test_who_answers_is_left_alone_and_who_fails_says_why() -> None:
+def test_who_answers_is_left_alone_and_who_fails_says_why_and_is_ended() -> None:
+    """It may have a process that nobody else knows of."""
+
     async def failing() -> None:
         raise InternalError("no process was started")
 
     async def go() -> None:
         hands = FakeHands(HERE)
         await started(cast(Any, hands), "worker-0", "worker-0", START_S, asyncio.sleep(0.0))
+        assert not hands.killed
         with pytest.raises(InternalError, match=r"^no process was started$"):
             await started(cast(Any, hands), "worker-0", "worker-0", START_S, failing())
-        assert not hands.killed
+        assert hands.killed == ["worker-0"]
 
     asyncio.run(go())
 

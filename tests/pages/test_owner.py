@@ -62,6 +62,19 @@ def test_accounting_adds_up_and_values_pickle(owner: MemoryOwner) -> None:
     assert "secret" not in repr(CONFIG)
 
 
+def test_a_name_may_be_longer_than_an_address() -> None:
+    config = replace(CONFIG, name="x" * 300)
+    owner = MemoryOwner(config)
+    try:
+        pool = fetch_pool(owner.address, "secret")
+        assert pool.geometry.name == config.name
+        pool.close()
+        with pytest.raises(OperatorError, match="in use"):
+            MemoryOwner(config)
+    finally:
+        owner.close()
+
+
 def test_several_extents_are_allocated_all_or_none(owner: MemoryOwner) -> None:
     with pytest.raises(OperatorError, match="out of pages: kv extent 'b' wants 500"):
         owner.allocate_all([ExtentRequest("a", "kv", 5), ExtentRequest("b", "kv", 500)])

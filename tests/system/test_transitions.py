@@ -138,7 +138,12 @@ async def settled(load: Load, workers: int) -> DeploymentStatus:
             states = [w.state for w in status.workers]
             record = controller._state.serving
             whole = record is not None and {pool.name for pool in status.pools} >= set(record.layout.pools())
-            if whole and status.phase == "serving" and states == ["serving"] * workers and not controller._busy:
+            if (
+                whole
+                and status.phase == "serving"
+                and states == ["serving"] * workers
+                and not controller._under_way.tasks
+            ):
                 break
             await asyncio.sleep(0.05)
     for pool in status.pools:

@@ -15,6 +15,7 @@ from .holds import Holds, PagesHeld
 from .ranges import MemfdRange
 from .syscalls import punch_hole
 
+_NAME_CHARACTERS = 200  # of a name that only people read; the kernel takes 249 bytes
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW  # never SIGBUS under a mapping; geometry is final
 
 
@@ -100,7 +101,7 @@ class MemfdBackend:
 
     def create(self, geometry: PoolGeometry) -> MemfdPool:
         """A pool of empty pages; physical memory is taken when they are first touched."""
-        fd = os.memfd_create(geometry.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = os.memfd_create(geometry.name[:_NAME_CHARACTERS], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, geometry.total_bytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
