@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +15,7 @@ import pytest
 import torch
 from concertina.errors import InternalError, OperatorError, PeerLost
 from concertina.workers.exchange.group import GroupExchange, Rendezvous, make_group
+from concertina.workers.exchange.store_bell import StoreBell
 from torch.distributed import TCPStore
 
 from . import scenarios
@@ -43,6 +48,44 @@ def test_nobody_listens() -> None:
 def test_a_member_that_never_comes(store: TCPStore) -> None:
     with pytest.raises(PeerLost, match="a peer was lost: it did not form a group"):
         GroupExchange(Rendezvous("127.0.0.1", store.port, "b"), 0, 2, 0.5)
+
+
+STORE = """
+import sys
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_nobody_who_rings_waits_for_a_store_that_hangs() -> None:
+    """It lives with the controller; who rings is who takes requests, and gives tokens out."""
+    with subprocess.Popen([sys.executable, "-c", STORE], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        store = Rendezvous("127.0.0.1", int(process.stdout.readline()), "a")
+        bells = [StoreBell(store.connect(20.0), store.connect(20.0)) for _ in range(2)]
+        try:
+            os.kill(process.pid, signal.SIGSTOP)
+            seen = bells[1].rung()
+            ringing = threading.Thread(target=lambda: [bells[0].ring() for _ in range(100)])
+            ringing.start()
+            ringing.join(10.0)
+            assert not ringing.is_alive()
+            bells[1].wait(seen, 0.1)
+            assert bells[1].rung() == seen
+            os.kill(process.pid, signal.SIGCONT)
+            bells[1].wait(seen, 20.0)
+            assert seen < bells[1].rung() <= seen + 100
+            process.kill()
+            process.wait()
+            bells[0].ring()
+            with pytest.raises(PeerLost, match="the doorbell's store ended"):
+                bells[0].wait(bells[0].rung(), 20.0)
+        finally:
+            process.kill()
+            for bell in bells:
+                bell.close()
 
 
 def test_waiting_for_a_member_can_be_broken_off(store: TCPStore) -> None:
