@@ -63,8 +63,6 @@ class WorkerReport:
         The device whose KV it maps; empty for none.
     kv_blocks : int
         KV blocks that it maps.
-    last_step_s : float
-        When its last step ended, on the node's monotonic clock; 0 before the first.
     serial : int
         Higher in a later report of the same process.
     address : (str, int) or None
@@ -83,7 +81,6 @@ class WorkerReport:
     retired: int = 0
     device: str = ""
     kv_blocks: int = 0
-    last_step_s: float = 0.0
     serial: int = 0
     address: tuple[str, int] | None = None
 

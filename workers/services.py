@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..errors import InternalError
@@ -151,13 +149,6 @@ class OwnerService:
     def alive(self) -> int:
         """This process's id."""
         return os.getpid()
-
-    def kill(self, pid: int) -> None:
-        """End a process of this node that hangs, without asking it; one that is gone already is no error."""
-        if pid <= 1 or pid == os.getpid():
-            raise InternalError(f"kill: pid: expected another process than the owner itself, got {pid}")
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
     def wait(self, timeout_s: float) -> None:
         """Return after the time-out; a call that fails before says that this process has died."""

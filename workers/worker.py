@@ -250,8 +250,7 @@ class Worker:
             return report
         engine, address = service.engine, (self.config.host, service.frontend.port)
         counts = tuple(map(tuple, service.part.experts.counts_LE.tolist()))
-        report = replace(report, load=engine.load, stats=engine.stats, counts_LE=counts, address=address)
-        return replace(report, last_step_s=engine.last_step_s)
+        return replace(report, load=engine.load, stats=engine.stats, counts_LE=counts, address=address)
 
     def step_ends_s(self, since_s: float) -> list[float]:
         """When the engine's steps since a moment of the node's monotonic clock ended; a bounded number of them."""

@@ -138,12 +138,12 @@ def test_the_times_of_the_last_passes_are_kept() -> None:
         now[0] += 2.0
 
     engine = Engine(FakeDecoder(hook=hook), FakeKV(9), exchange, config(), clock=lambda: now[0])
-    assert (engine.last_step_s, engine.step_s) == (0.0, 0.0)
+    assert (list(engine.step_ends_s), engine.step_s) == ([], 0.0)
     engine.submit(request("a", PROMPT, max_tokens=2))
     drain(engine, Collected())
     now[0] = 100.0
     engine.step()
-    assert (engine.last_step_s, engine.step_s) == (9.0, 2.0)
+    assert (list(engine.step_ends_s), engine.step_s) == ([7.0, 9.0], 2.0)
 
 
 def test_many_callers_and_loops_take_turns() -> None:

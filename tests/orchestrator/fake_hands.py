@@ -51,9 +51,6 @@ class FakeOwner:
     version: int = 0
     next_page: int = 1
 
-    async def address(self) -> str:
-        return f"@{self.config_.name}"
-
     async def fill(
         self, requests: Sequence[ExtentRequest], pieces: Sequence[Piece], copies: Sequence[CopyPlan], seen: int = -1
     ) -> OwnerReport:
@@ -97,9 +94,6 @@ class FakeOwner:
 
     async def source(self) -> PageSource:
         return PageSource(f"@{self.config_.name}", "127.0.0.1", 0, self.config_.token)
-
-    async def kill(self, pid: int) -> None:
-        self._alive()
 
     async def wait(self, timeout_s: float) -> None:
         for _ in range(int(timeout_s / 0.01)):

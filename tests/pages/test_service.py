@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -390,16 +387,6 @@ def test_page_numbers_travel_as_runs() -> None:
     assert pickle.loads(packed) == numbers == tuple(numbers)
     assert type(pickle.loads(packed)) is PageNumbers
     assert pickle.loads(pickle.dumps(PageNumbers())) == ()
-
-
-def test_a_process_is_killed_once_and_never_the_owner(service: OwnerService) -> None:
-    hung = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    service.kill(hung.pid)
-    assert hung.wait() == -signal.SIGKILL
-    service.kill(hung.pid)  # gone
-    for pid in (0, 1, -1, os.getpid()):
-        with pytest.raises(InternalError, match="expected another process"):
-            service.kill(pid)
 
 
 def test_a_server_that_cannot_listen_leaves_the_address_free() -> None:

@@ -101,7 +101,7 @@ def test_streams_run_through_swaps_and_what_was_left_is_let_go(make_site: MakeSi
                 wait_free(site.node, f"exchange/{first}")
                 first = second
             assert all(right(stream, loaded) for stream in streams)
-        assert all(w.worker.report().last_step_s > 0 for w in workers)
+        assert all(w.worker.step_ends_s(0.0) for w in workers)
     finally:
         gc.enable()
 

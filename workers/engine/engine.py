@@ -107,11 +107,6 @@ class Engine:
             return self._core.stats
 
     @property
-    def last_step_s(self) -> float:
-        """When the last forward pass ended, by ``clock``; 0 before."""
-        return self.step_ends_s[-1] if self.step_ends_s else 0.0
-
-    @property
     def step_s(self) -> float:
         """From the end of the last forward pass but one to that of the last; 0 before there are two."""
         ends_s = self.step_ends_s
