@@ -18,7 +18,7 @@ from .hands import Hands, NodeInfo, OwnerHandle, WorkerHandle
 _log = logging.getLogger(__name__)
 _WATCH_S = 10.0
 _PATIENCE_S = 0.25  # for the answer of a worker, before a decision is made without it
-_RETRY_S = 0.1  # before one that could not be reached is called again
+_RETRY_S = 1.0  # before one that could not be reached is called again
 _RECENT_S = 0.1  # for which a process's word stands, unless something was done to it
 _TELLING = (Abandon, Commit, Fill, Free, Prepare)  # effects on one process, which says how it is afterwards
 
@@ -142,7 +142,8 @@ class Cluster:
 
     def add_lost(self, name: str, node: str, handle: WorkerHandle, why: str) -> None:
         """Take note of a worker that may live, and has to be ended."""
-        self.workers[name] = Member(name, node, handle, WorkerReport(name, 0, frozenset(), 0, why))
+        report = WorkerReport(name, 0, frozenset(), 0, "")
+        self.workers[name] = Member(name, node, handle, report, unreached=why)
 
     async def look(self, busy: frozenset[Effect], errors: Mapping[Effect, Fault]) -> Snapshot:
         """Ask whoever may have something new to say; one that does not answer at once is taken at its last word."""
@@ -177,7 +178,7 @@ class Cluster:
 
         def silent(process: Member | Pool) -> bool:
             known = process.known_s > process.touched_s and now_s - process.heard_s < recent_s
-            return process.asked is None and not known
+            return process.asked is None and not known and not process.unreached
 
         for member in filter(silent, self.workers.values()):
             member.asked_s = now_s
@@ -264,8 +265,9 @@ class Cluster:
 
     def _unreached(self, process: Member | Pool, error: Unreachable) -> None:
         """It may live, and map and write what its successor will: it must be ended, even if it is heard again."""
-        process.unreached = str(error)
-        self.changed()
+        if not process.unreached:
+            process.unreached = str(error)
+            self.changed()
 
     def _lost(self, member: Member, error: InternalError) -> None:
         if self.workers.get(member.name) is member:

@@ -172,7 +172,11 @@ class Deeds:
             await self._cluster.add_worker(effect.worker, effect.node, handle)
 
         what = f"{effect.worker} on node {effect.node}"
-        await started(self._cluster.hands, what, config.name, self._config.start_timeout_s, answering())
+        try:
+            await started(self._cluster.hands, what, config.name, self._config.start_timeout_s, answering())
+        except ConcertinaError:  # the next one has another name: nobody would know of this one's process
+            await self._cluster.hands.kill(config.name)
+            raise
 
     async def _fill(self, effect: Fill) -> None:
         pool = self.registry.pool(effect.pool)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 
-from ..errors import ConcertinaError, InternalError
+from ..errors import InternalError
 from .hands import Hands
 
 _LOOKS = 10  # at whether there is a process, within the time that it has
@@ -14,8 +14,7 @@ _LOOKS = 10  # at whether there is a process, within the time that it has
 async def started(hands: Hands, what: str, name: str, limit_s: float, answering: Coroutine[None, None, None]) -> None:
     """Return when ``answering``, which starts a process and has its first answers, does; raises what it raises.
 
-    One that failed is ended: it may have started a process that nobody else knows of. Only the time for which there is
-    a process counts: one that the cluster has no room for yet is waited for.
+    Only the time for which there is a process counts: one that the cluster has no room for yet is waited for.
 
     Parameters
     ----------
@@ -37,18 +36,11 @@ async def started(hands: Hands, what: str, name: str, limit_s: float, answering:
             if asking.done():
                 return asking.result()
             looks += await hands.begun(name)
-    except ConcertinaError as e:
-        await _end(hands, name, str(e))
-        raise
     finally:
         asking.cancel()
     why = f"{what} was started and gave no answer for {limit_s:g} s"
-    await _end(hands, name, why)
-    raise InternalError(f"{why}; it was killed")
-
-
-async def _end(hands: Hands, name: str, why: str) -> None:
     try:
         await hands.kill(name)
     except InternalError as e:
         raise InternalError(f"{why}; it cannot be ended: {e}") from e
+    raise InternalError(f"{why}; it was killed")

@@ -52,10 +52,15 @@ class UnderWay:
         return errors
 
     def start(self, effects: Sequence[Effect], *, alone: bool) -> None:
-        """Start those that are not under way; ``alone``: none of them is for a generation, which has its own pauses."""
+        """Start those that are not under way; ``alone``: none of them is for a generation, which has its own pauses.
+
+        One that rests, and that a generation needs, rests no more: it is started at the next call.
+        """
         self._vain = {effect: told for effect, told in self._vain.items() if effect in {*effects, *self.tasks}}
         for effect in effects:
-            if effect not in self.tasks:
+            if effect in self._resting and not alone:
+                self.tasks[effect].cancel()
+            elif effect not in self.tasks:
                 self.tasks[effect] = asyncio.create_task(self._run(effect, alone))
 
     def cancel(self) -> None:

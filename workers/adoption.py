@@ -16,7 +16,6 @@ from .device_kv import DeviceKV
 from .engine.engine import Engine
 from .generation import AT_SWITCH_BLOCKS, LEDGER_KEY, KVSource
 from .kv.ledger import BlockRecord, Ledger, record_bytes
-from .pages.page_client import REQUEST_TIMEOUT_S
 from .pages.transfer import PageReader, open_pages
 
 _log = logging.getLogger(__name__)
@@ -26,6 +25,7 @@ _BATCH_BLOCKS = 16
 _AHEAD_BATCH_BLOCKS = 64  # more, because every batch costs two boundaries, and a switch waits for these
 _REST_BLOCKS = 64  # so many may be left to copy at the boundary itself, while nobody makes a step
 _READ_S = 2.0  # for a request ahead or at the boundary; who is slower is left without
+_ADOPT_READ_S = 5.0  # for a request afterwards: a deadline, or a recovery, may be waiting
 
 _Content = tuple[bytes, tuple[int, ...]]
 
@@ -56,7 +56,7 @@ def adopt(engine: Engine, kv: DeviceKV, source: KVSource, blocks: int, go_on: Ca
     if kv.shares_pool(source.pool.address):
         engine.call(lambda: _map(engine, kv, kv.unmapped(source.pages), blocks))
     else:
-        with _open(kv, source) as reader:
+        with _open(kv, source, _ADOPT_READ_S) as reader:
             _copy(engine, kv, source, reader, go_on)
         engine.call(lambda: kv.unmap(engine.adopt([], blocks)))
 
@@ -182,7 +182,7 @@ def _map(engine: Engine, kv: DeviceKV, groups: Sequence[tuple[int, ...]], blocks
     kv.unmap(engine.adopt(list(zip(mapped, records, strict=True)), blocks))
 
 
-def _open(kv: DeviceKV, source: KVSource, request_timeout_s: float = REQUEST_TIMEOUT_S) -> PageReader:
+def _open(kv: DeviceKV, source: KVSource, request_timeout_s: float) -> PageReader:
     reader = open_pages(source.source, request_timeout_s=request_timeout_s)
     if reader.geometry.page_bytes != kv.pool.geometry.page_bytes:
         reader.close()

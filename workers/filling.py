@@ -122,28 +122,21 @@ class Filler:
         self._owner.load(pieces, progress)
 
     def _copy(self, source: PageSource, plans: Sequence[CopyPlan]) -> set[str]:
-        """Copy extents from one peer; returns which are whole.
-
-        A peer may have been told to free an extent before its copy began, and may have something else there: what its
-        table does not say afterwards is no copy.
-        """
+        """Copy extents from one peer; returns which are whole."""
         copied: list[CopyPlan] = []
-        whole: set[str] = set()
+        trouble: Exception | None = None
         try:
             with open_pages(source) as reader, self._owner.contents([LOADING + plan.key for plan in plans]) as memory:
-                try:
-                    for plan in plans:
-                        self._copy_extent(reader, plan, memory)
-                        copied.append(plan)
-                finally:
-                    theirs = read_table(reader).extents
-                    whole = {plan.key for plan in copied if plan.key in theirs and theirs[plan.key].pages == plan.pages}
-                if len(whole) < len(plans):
-                    raise InternalError(f"pool {reader.geometry.name!r} has freed them meanwhile")
+                for plan in plans:
+                    self._copy_extent(reader, plan, memory)
+                    copied.append(plan)
         except (ConcertinaError, OSError) as e:
-            _log.warning(
-                "%d of %d extents come from the checkpoint instead: %s", len(plans) - len(whole), len(plans), e
-            )
+            trouble = e
+        whole = _still_there(source, copied)
+        if len(whole) < len(plans):
+            lacking = len(plans) - len(whole)
+            why = trouble or "they were freed meanwhile, or their peer has ended"
+            _log.warning("%d of %d extents come from the checkpoint instead: %s", lacking, len(plans), why)
         return whole
 
     def _copy_extent(self, reader: PageReader, plan: CopyPlan, memory: Segments) -> None:
@@ -187,3 +180,19 @@ def _wanted(keys: frozenset[str], pieces: Iterable[Piece], copies: Iterable[Copy
             planned.add(plan.key)
             by_source.setdefault(plan.source, []).append(plan)
     return _Wanted(keys, by_key, by_source)
+
+
+def _still_there(source: PageSource, copied: Sequence[CopyPlan]) -> set[str]:
+    """What has been copied and is still what its peer has at these pages.
+
+    A peer may have been told to free an extent before its copy began, and may have something else there by then.
+    """
+    if not copied:
+        return set()
+    try:
+        with open_pages(source) as reader:
+            theirs = read_table(reader).extents
+    except (ConcertinaError, OSError) as e:
+        _log.warning("%d extents that were copied may be others' by now: %s", len(copied), e)
+        return set()
+    return {plan.key for plan in copied if plan.key in theirs and theirs[plan.key].pages == plan.pages}

@@ -353,6 +353,9 @@ class Worker:
         with self._mapping:
             with self._changed:
                 idle = self._service is None and not self._parts and not self._joining
+                lent, self._lent = ({}, self._lent) if not idle else (self._lent, {})
+            for server in lent.values():  # it would keep a pool that its owner has ended
+                server.close()
             if idle and self._kv is not None:
                 self._kv.close()
                 self._kv = None

@@ -232,9 +232,10 @@ def _effects(state: State, snapshot: Snapshot) -> tuple[State, list[Effect]]:
         return state, effects
     if state.broken:
         return state, effects + list(strays(state, snapshot))  # the rest has time until it has recovered
-    effects += leftovers(state, snapshot)
+    # An heir's KV grows by what it takes over: its size is left alone meanwhile.
+    resizing, taking = (any(isinstance(e, kind) for e in snapshot.busy) for kind in (ResizeKV, HandOver))
+    effects += (e for e in leftovers(state, snapshot) if not (resizing and isinstance(e, HandOver)))
     clear = _is_clear(state, snapshot)
-    taking = any(isinstance(e, HandOver) for e in snapshot.busy)  # an heir, whose KV grows by that
     if clear and not taking and next_layout(state) is None:  # what comes next would have KV yield again
         effects += resizes(state, snapshot)
     if state.operation is not None:

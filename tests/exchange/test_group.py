@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -80,6 +81,8 @@ def test_nobody_who_rings_waits_for_a_store_that_hangs() -> None:
             process.kill()
             process.wait()
             bells[0].ring()
+            while bells[0]._lost is None:
+                time.sleep(0.001)
             with pytest.raises(PeerLost, match="the doorbell's store ended"):
                 bells[0].wait(bells[0].rung(), 20.0)
         finally:

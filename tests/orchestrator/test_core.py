@@ -170,6 +170,18 @@ def test_kv_that_an_heir_is_taking_over_keeps_its_size():
     assert step(state, replace(grown, busy=frozenset({HandOver("cpu-9", "node/a", "worker-0")}))).effects == ()
 
 
+def test_nobody_takes_kv_over_while_its_size_changes():
+    """What is about to be trimmed is what it does not map yet."""
+    state, snapshot = _at_rest("shared", 0)
+    pool = snapshot.pools["node/a"]
+    left = {**snapshot.pools, "node/a": replace(pool, pages={**pool.pages, "kv/cpu-9": (0,)})}
+    waits = replace(snapshot, pools=left)
+    (hand_over,) = step(state, waits).effects
+    assert isinstance(hand_over, HandOver)
+    busy = frozenset({ResizeKV("worker-0", 1)})
+    assert step(state, replace(waits, busy=busy)).effects == ()
+
+
 def test_memory_stands_by_only_where_its_device_may_be():
     state, snapshot = _at_rest("separate", 1)
     entries = (Entry("cpu-0", Kind()), Entry("cpu-1", Kind()), Entry("cpu-2", Kind(), "b"))

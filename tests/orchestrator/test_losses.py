@@ -183,11 +183,14 @@ def test_a_restarted_controller_ends_those_that_give_no_answer_as_soon_as_it_can
             hands.faults.errors["kill"] = InternalError("its node does not answer")
             second = await resumed(first, hands)
             await until(lambda: hands.faults.calls.count("kill") > 1)
-            assert all(second._cluster.workers[f"worker-{n}"].report.failed for n in (1, 2))
+            for worker in hands.workers[1:]:
+                worker.hangs = False  # it is heard again, too late
+            await asyncio.sleep(0.1)
+            assert all(second._cluster.workers[f"worker-{n}"].unreached for n in (1, 2))
             del hands.faults.errors["kill"]
             await until(lambda: all(worker.dead for worker in hands.workers[1:3]))
             hands.workers[0].parked = "PeerLost"
-            await until(lambda: len([w for w in serving(hands) if not w.hangs]) == 3)
+            await until(lambda: len([w for w in serving(hands) if w.serving > 1]) == 3)
             assert second._state.began_s == began_s  # of the deployment, not of the controller
             await second.stop()
 
@@ -230,17 +233,50 @@ def test_what_fails_again_and_again_says_so_and_is_tried_less_often(
 
 def test_what_only_rests_does_not_keep_others_waiting(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(under_way, "_LONGEST_BACK_OFF_S", 1000.0)
-    monkeypatch.setattr(under_way, "_BACK_OFF_S", 0.1)
+    monkeypatch.setattr(under_way, "_BACK_OFF_S", 0.02)
 
     async def go() -> None:
         async with controlled(checkpoint, 3) as (controller, hands, token):
             hands.faults.errors["release"] = InternalError("it clings to its clients")
             await controller.drain(token, "cpu-2")
-            await until(lambda: controller._under_way._resting)
+            await until(lambda: "tried 9 times" in controller._under_way.trouble and controller._under_way._resting)
             hands.workers[1].dead = True
             hands.workers[0].parked = "PeerLost"
             await until(lambda: len(serving(hands)) == 2 and not hands.workers[0].parked)
             assert controller._under_way._resting
+
+    asyncio.run(go())
+
+
+def test_a_recovery_does_not_wait_for_what_rests_and_what_it_needs(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would have to rest for most of a minute."""
+    monkeypatch.setattr(under_way, "_LONGEST_BACK_OFF_S", 1000.0)
+    monkeypatch.setattr(under_way, "_BACK_OFF_S", 0.05)
+
+    async def go() -> None:
+        async with controlled(checkpoint, 2) as (controller, hands, _):
+            hands.faults.errors["start_owner"] = InternalError("its address is in use")
+            hands.owners[0].dead = True
+            ways = controller._under_way
+            await until(lambda: "tried 2 times" in ways.trouble)
+            ways._vain = dict.fromkeys(ways._vain, (30, ""))
+            await until(lambda: "tried 31 times" in ways.trouble and ways._resting)
+            hands.faults.errors.clear()
+            hands.workers[1].dead = True
+            hands.workers[0].parked = "PeerLost"
+            await until(lambda: len(serving(hands)) == 2 and not hands.workers[0].parked)
+
+    asyncio.run(go())
+
+
+def test_a_worker_whose_start_fails_leaves_no_process(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 1) as (controller, hands, token):
+            hands.faults.errors["start_worker"] = Unreachable("worker-1: cannot be reached")
+            assert (await done(controller, token, await controller.scale(token, 2))).state == "failed"
+            assert hands.killed == ["worker-1", "worker-2", "worker-3"]
 
     asyncio.run(go())
 

@@ -494,6 +494,19 @@ def test_a_pool_is_lent_by_who_only_joins(make_site: MakeSite, hire: Hire) -> No
         joining.join(30)
 
 
+def test_a_worker_without_a_role_lends_nothing_any_more(make_site: MakeSite, hire: Hire) -> None:
+    """It would keep the memory of a pool that everybody else has let go."""
+    site, worker = make_site("a"), hire()
+    (assignment,) = site.generation(["a"], "solo")
+    worker.worker.prepare(assignment)
+    address = worker.worker.lend("node")
+    fetch_pool(address or "", TOKEN).close()
+    worker.worker.abandon(assignment.generation.id)
+    with pytest.raises(InternalError):
+        fetch_pool(address or "", TOKEN)
+    assert worker.worker.lend("node") is None
+
+
 def test_another_pool_of_the_same_name_is_lent_anew(make_site: MakeSite, hire: Hire) -> None:
     site, worker, pools = make_site("a"), hire(), [MemfdBackend().create(PoolGeometry("node", 8, 4096)) for _ in "ab"]
     addresses = []
