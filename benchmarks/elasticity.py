@@ -35,7 +35,7 @@ PICTURED = (2, 1)  # one transition with everything in it: room, weights, the sw
 CLIENTS = {"demo": 8, "large": 4}
 EMULATED_STEP_MS = {"demo": 15.0, "large": 150.0}  # twice what the computation takes, or more
 EMULATED_ROUNDS = 2  # of changes per repeat: they are quick, and a window of few steps is noisy
-_NOT_WORTH_IT = {("demo", "reserved")}
+_NOT_WORTH_IT = {("demo", "reserved"), ("demo", "emulated_reserved")}
 _CHECKPOINTS: dict[str, Callable[[Path], tuple[Path, str]]] = {"demo": demo_checkpoint, "large": large_checkpoint}
 
 

@@ -20,7 +20,7 @@ from concertina.orchestrator.ray_hands import end_all
 from concertina.orchestrator.status import DeploymentStatus, OperationStatus
 from concertina.workers.model_files import ModelFiles
 
-Mode = Literal["shared", "separate", "reserved", "emulated", "emulated_separate"]
+Mode = Literal["shared", "separate", "reserved", "emulated", "emulated_separate", "emulated_reserved"]
 """How devices hold memory: that of their node; each its own; each its own, all of it from the start.
 
 The same with emulated steps; ``emulated`` shares memory.
@@ -69,7 +69,7 @@ def configured(
         name=f"elasticity-{os.getpid()}-{next(_numbers)}",
         device_memory_bytes=int(device_bytes),
         memory_mode="shared" if mode in ("shared", "emulated") else "separate",
-        reserve_memory=mode == "reserved",
+        reserve_memory=mode.endswith("reserved"),
         rebalance_s=0,
         engine=engine,
     )
