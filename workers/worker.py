@@ -353,8 +353,10 @@ class Worker:
         with self._mapping:
             with self._changed:
                 idle = self._service is None and not self._parts and not self._joining
-                lent, self._lent = ({}, self._lent) if not idle else (self._lent, {})
-            for server in lent.values():  # it would keep a pool that its owner has ended
+                lent = list(self._lent.values()) if idle else []
+                if idle:
+                    self._lent.clear()
+            for server in lent:  # it would keep a pool that its owner has ended
                 server.close()
             if idle and self._kv is not None:
                 self._kv.close()

@@ -69,9 +69,12 @@ def end(state: State, outcome: Outcome, reason: str, now_s: float) -> State:
     if state.operation is None:
         return state
     ended = replace(state.operation, outcome=outcome, reason=reason, ended_s=now_s)
+    # Devices that have left may be handing over still: of one that is superseded after its commit, or of earlier ones.
     deadlines = state.deadlines
-    if outcome != "superseded":  # one that is may have committed, and its devices still hand over, as may earlier ones
-        here = state.serving.layout.devices if state.serving is not None and outcome != "done" else deadlines
+    if outcome == "done":
+        deadlines = {}
+    elif outcome != "superseded" and state.serving is not None:
+        here = state.serving.layout.devices
         deadlines = {device: until_s for device, until_s in deadlines.items() if device not in here}
     return replace(state, operations=(*state.operations[:-1], ended), deadlines=deadlines)
 
