@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..workers.background import stay_in_background
-from ..workers.owner import OwnerConfig
+from ..workers.owner_roles import OwnerConfig
 from ..workers.roles import WorkerConfig
 from ..workers.services import OwnerService, WorkerService
 from .lifeline import Lifeline

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 from ..errors import InternalError, Unreachable
-from ..workers.owner import OwnerConfig, OwnerReport
+from ..workers.owner_roles import OwnerConfig, OwnerReport
 from ..workers.pages.transfer import PageSource
 from ..workers.roles import WorkerReport
 from .core.facts import Abandon, Commit, Effect, Fault, Fill, Free, PoolFact, Prepare, Snapshot, WorkerFact

@@ -117,7 +117,8 @@ class DeploymentConfig:
     loads_file : str or None
         Measured loads: read at the start if it is there, kept up to date.
     exchange_timeout_s : float
-        A peer that does not answer for so long counts as hung.
+        A peer that does not answer for so long counts as hung. So does an engine that makes no progress for so long:
+        it must exceed what a worker computes between two exchanges of tokens, of which a layer has one or two.
     memory_mode : {"shared", "separate"}
         Whether the devices of a node share its memory, or have one of their own each, which keep what they have taken.
     reserve_memory : bool

@@ -9,7 +9,7 @@ from ..errors import ConcertinaError, InternalError, Unreachable
 from ..workers.engine.scheduler import SchedulerConfig
 from ..workers.generation import Assignment, ExchangeSpec, Generation
 from ..workers.model_files import ModelFiles
-from ..workers.owner import OwnerConfig
+from ..workers.owner_roles import OwnerConfig
 from ..workers.pages.transfer import CopyPlan
 from ..workers.roles import WorkerConfig, WorkerReport
 from .cluster import Cluster, Member

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from ..workers.generation import Assignment, KVSource
 from ..workers.loading import Piece
-from ..workers.owner import OwnerConfig, OwnerReport
+from ..workers.owner_roles import OwnerConfig, OwnerReport
 from ..workers.pages.table import ExtentRequest, Purpose
 from ..workers.pages.transfer import CopyPlan, PageSource
 from ..workers.roles import WorkerConfig, WorkerReport

@@ -14,7 +14,7 @@ from ray._private.state import actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..errors import InternalError, Unreachable
-from ..workers.owner import OwnerConfig
+from ..workers.owner_roles import OwnerConfig
 from ..workers.roles import WorkerConfig
 from .actors import OwnerActor, WorkerActor
 from .config import NAMESPACE

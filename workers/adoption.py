@@ -27,6 +27,8 @@ _REST_BLOCKS = 64  # so many may be left to copy at the boundary itself, while n
 _READ_S = 2.0  # for a request ahead or at the boundary; who is slower is left without
 _ADOPT_READ_S = 5.0  # for a request afterwards: a deadline, or a recovery, may be waiting
 
+_COMING_S = (0.002, 0.05)  # what sequences need to come here at least, and what is waited at most
+
 _Content = tuple[bytes, tuple[int, ...]]
 
 
@@ -82,6 +84,7 @@ class Inheritance:
         self._far = [source for source in sources if not kv.shares_pool(source.pool.address)]
         self._readers: list[tuple[KVSource, PageReader]] = []
         self._found: dict[_Content, int] = {}  # where full blocks lie in this device's pool; they may have gone since
+        self._due = 0  # of `Engine.submitted`, once all that was taken has come
 
     @contextmanager
     def copying_ahead(self, engine: Engine) -> Iterator[None]:
@@ -107,17 +110,29 @@ class Inheritance:
     def take(self, engine: Engine) -> None:
         """At the boundary, in the engine's thread: all that running sequences have and that is not here yet."""
         kv = self._kv
+        self._due = engine.submitted
         try:
             for groups in self._near:
                 used = [group for group in groups if kv.ledger.used(group[0])]
-                _map(engine, kv, used[:AT_SWITCH_BLOCKS], kv.positions)
+                self._due += self._ends(_map(engine, kv, used[:AT_SWITCH_BLOCKS], kv.positions))
             for source, reader in self._readers:
                 rest = self._missing(source, reader)
+                self._due += self._ends([known.record for known in rest])
                 blocks = engine.reserve(min(len(rest), 2 * _REST_BLOCKS))
                 _fill(engine, kv, reader, blocks, rest[len(rest) - len(blocks) :])
         except (ConcertinaError, OSError) as e:
             _log.warning("KV of a device that left is not taken over at the switch: %s", e)
         self.close()
+
+    def await_sequences(self, engine: Engine) -> None:
+        """Before the first step behind `take`: let what was taken come, if a step is long enough for that.
+
+        Who comes just too late waits for a whole step. It takes some milliseconds: the leaver tells the client's
+        router, and that asks here.
+        """
+        limit_s = min(engine.step_s / 4, _COMING_S[1])
+        if limit_s >= _COMING_S[0]:
+            engine.await_submissions(self._due, limit_s)
 
     def close(self) -> None:
         readers, self._readers = self._readers, []
@@ -168,18 +183,24 @@ class Inheritance:
         missing = (known for known in running if not self._is_here(known.record))
         return sorted(missing, key=lambda known: known.record.eviction_rank)
 
+    def _ends(self, records: Sequence[BlockRecord]) -> int:
+        """How many sequences end in one of these blocks; of those that fill their last one nothing is known."""
+        return sum(len(record.tokens) < self._kv.block_tokens for record in records)
+
     def _is_here(self, record: BlockRecord) -> bool:
         page = self._found.get(_content(record))
         found = None if page is None else self._kv.ledger.read(page)
         return found is not None and _content(found) == _content(record)
 
 
-def _map(engine: Engine, kv: DeviceKV, groups: Sequence[tuple[int, ...]], blocks: int) -> None:
+def _map(engine: Engine, kv: DeviceKV, groups: Sequence[tuple[int, ...]], blocks: int) -> list[BlockRecord]:
+    """Map what the ledger knows of these blocks; what that is."""
     read = ((group, kv.ledger.read(group[0])) for group in groups)
     known = [(group, record) for group, record in read if record is not None]
     mapped = kv.map([page for group, _ in known for page in group])
     records = [record for _, record in known]
     kv.unmap(engine.adopt(list(zip(mapped, records, strict=True)), blocks))
+    return records
 
 
 def _open(kv: DeviceKV, source: KVSource, request_timeout_s: float) -> PageReader:

@@ -31,7 +31,8 @@ class ExchangeSpec:
     """How the members of a generation reach each other.
 
     ``shared`` uses the node pool's extent ``exchange_key``, with mailboxes of ``capacity_bytes``; ``gloo`` and
-    ``nccl`` meet at the store. A peer that does not answer for ``timeout_s`` seconds counts as hung.
+    ``nccl`` meet at the store. A peer that does not answer for ``timeout_s`` seconds counts as hung, and so does an
+    engine that has computed for so long without a call to them, or without the end of a layer if it has no peers.
     """
 
     kind: ExchangeKind

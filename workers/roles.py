@@ -50,7 +50,7 @@ class WorkerReport:
     serving : int
         The generation that it runs, or ran until it parked; 0 for none.
     failed : str
-        What ended its engine for good; empty while nothing has.
+        What ended its engine for good, or that it hangs; empty while neither is so.
     load, stats
         The engine's, also while it stands still.
     counts_LE : tuple of tuple of int

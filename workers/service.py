@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -101,6 +102,18 @@ class Service:
         """The generation that runs, or ran last; 0 for none: it retired."""
         return 0 if isinstance(self.state, Retired) else self.part.generation
 
+    @property
+    def stuck(self) -> str:
+        """Why the engine counts as hung though its process lives; empty if it does not.
+
+        It does once its thread has not been seen to move for as long as others would wait for it.
+        """
+        part = self.part
+        limit_s = part.assignment.generation.exchange.timeout_s
+        if isinstance(self.state, Running) and time.monotonic() - part.exchange.alive_s > limit_s:
+            return f"its engine has made no progress for {limit_s:g} s"
+        return ""
+
     def commit(self, generation: int, heir: str) -> None:
         """Go to a prepared generation, or retire if it was not prepared; see `Worker.commit`.
 
@@ -194,6 +207,7 @@ class Service:
         self._loop = self._turn()
 
     def _turn(self) -> threading.Thread:
+        self._begin_to_move()
         thread = threading.Thread(target=self._run, name="engine", daemon=True)
         thread.start()
         return thread
@@ -251,8 +265,15 @@ class Service:
             with self._changed:
                 self._left, self.part = self.part, self._parts.pop(self.engine.generation)
                 self._offered = 0
+                self._begin_to_move()
                 self._changed.notify_all()
             self._set_threads()
+            if coming.inheritance is not None:
+                coming.inheritance.await_sequences(self.engine)
+
+    def _begin_to_move(self) -> None:
+        """From now on the engine's thread is to be seen in the exchange of its part."""
+        self.part.exchange.alive_s = time.monotonic()
 
     def _close(self) -> None:
         self.frontend.close()

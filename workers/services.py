@@ -14,7 +14,8 @@ from ..errors import InternalError
 from .background import in_background
 from .filling import LOADING, Filler
 from .loading import Piece
-from .owner import MemoryOwner, OwnerConfig, OwnerReport
+from .owner import MemoryOwner
+from .owner_roles import OwnerConfig, OwnerReport
 from .pages.backend import PageNumbers
 from .pages.store import TABLE_KEY
 from .pages.table import ExtentRequest, Purpose

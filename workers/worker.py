@@ -296,7 +296,7 @@ class Worker:
                 return replace(report, retired=generation)
             case Failed(reason):
                 return replace(report, failed=reason)
-        return report
+        return replace(report, failed=service.stuck)
 
     def _join(self, assignment: Assignment) -> Part:
         """In the background if nothing runs here, so that those who serve on the same cores do not feel it."""

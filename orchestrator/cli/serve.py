@@ -104,7 +104,8 @@ _deployment_options = _Group(
             type=float,
             default=60.0,
             show_default=True,
-            help="Seconds after which a worker gives up a peer that does not answer.",
+            help="Seconds after which a worker gives up a peer that does not answer, and after which one whose engine "
+            "makes no progress is replaced.",
         ),
         click.option(
             "--hang-timeout",

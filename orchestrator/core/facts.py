@@ -46,7 +46,7 @@ class WorkerFact:
     device, kv_blocks
         Whose KV cache it has mapped, and how many blocks of it.
     failed : str
-        Why it cannot go on and has to be ended: it failed, or gives no answer.
+        Why it cannot go on and has to be ended: it failed, hangs, or gives no answer.
     stale : bool
         It has not answered since this snapshot was asked for.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from concertina.errors import InternalError, OperatorError
 from concertina.workers.engine.core import EngineConfig
+from concertina.workers.engine.engine import Engine
 from concertina.workers.engine.errors import InvalidRequest, NeverFits, QueueFull
 from concertina.workers.engine.lockstep import Swap
 from concertina.workers.engine.scheduler import SchedulerConfig
@@ -45,6 +46,26 @@ def test_results_do_not_depend_on_scheduling(
         if temperature == 0.0:
             assert together[r.id] == expected_greedy(r.prompt, r.sampling.max_tokens)
     assert engine.load.kv_blocks_used == 0
+
+
+@pytest.mark.parametrize(("come", "looks"), [(3, 3), (2, 8)])
+def test_the_loop_lets_requests_come_but_not_for_ever(come: int, looks: int) -> None:
+    """A request comes in each sleep; as many as are awaited, or one less."""
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) <= come:
+            engine.submit(request(str(len(slept)), [1, 2, 3]))
+
+    (exchange,) = Hub(1).members()
+    engine = Engine(FakeDecoder(), FakeKV(64), exchange, config(), clock=lambda: sum(slept), sleep=sleep)
+    engine.submit(request("a", [1, 2, 3]))
+    with pytest.raises(InvalidRequest):
+        engine.submit(request("b", []))
+    engine.await_submissions(engine.submitted + 3, 0.0037)
+    assert engine.submitted == 1 + come
+    assert len(slept) == looks
 
 
 def test_a_small_cache_preempts_without_changing_anything() -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from array import array
+from collections.abc import Callable
+from math import inf
 
 import pytest
+import torch
 from concertina.errors import InternalError, PeerLost
 from concertina.workers.exchange.base import Exchange
 from concertina.workers.exchange.mailbox import Head
 from concertina.workers.exchange.shared import SharedMemoryExchange
+from concertina.workers.exchange.solo import SoloExchange
 
 from .crew import Crew, Region, run_threads
 
@@ -96,6 +101,67 @@ def test_stuck_members_are_not_blamed() -> None:
         return None
 
     assert run_threads(3, 64, work, timeout_s=0.5) == [[1, 2, True], [0, 2, True], None]
+
+
+def test_who_waits_moves() -> None:
+    """Rank 2 comes to each call only once the others have been seen to look around in it; between calls nobody does."""
+    waiting = threading.Semaphore(0)
+
+    def see(ex: Exchange) -> None:
+        seen, end_s = {ex.alive_s}, time.monotonic() + 20.0
+        while len(seen) < 6 and time.monotonic() < end_s:
+            seen.add(ex.alive_s)
+            time.sleep(0.001)
+        if len(seen) == 6:
+            waiting.release()
+
+    def work(ex: Exchange) -> int:
+        x, splits = torch.ones(ex.size, 4), [1] * ex.size
+        calls: list[Callable[[], object]] = [
+            lambda: ex.all_gather([1]),
+            lambda: ex.dispatch(x, splits),
+            lambda: ex.combine(x, splits, splits),
+        ]
+        assert ex.alive_s == inf
+        ex.all_gather([0])
+        for call in [*calls, *calls]:
+            observer = threading.Thread(target=see, args=(ex,))
+            if ex.rank == 2:
+                assert all(waiting.acquire(timeout=20.0) for _ in range(2))
+            else:
+                observer.start()
+            began_s = time.monotonic()
+            call()
+            alive_s = ex.alive_s
+            time.sleep(0.002)
+            assert began_s <= alive_s == ex.alive_s < time.monotonic()
+            if ex.rank != 2:
+                observer.join()
+        return len(calls)
+
+    assert run_threads(3, 64, work, timeout_s=30.0) == [3, 3, 3]
+
+
+def test_who_sleeps_says_until_when() -> None:
+    ex = SoloExchange()
+    ex.all_gather([0])
+    seen, alive_s = ex.doorbell(), ex.alive_s
+
+    said: list[bool] = []
+
+    def ring_once_it_sleeps() -> None:
+        end_s = time.monotonic() + 10.0
+        while ex.alive_s < alive_s + 20.0 and time.monotonic() < end_s:
+            time.sleep(0.001)
+        said.append(ex.alive_s >= alive_s + 20.0)
+        ex.ring()
+
+    observer = threading.Thread(target=ring_once_it_sleeps)
+    observer.start()
+    ex.wait(seen, 20.0)
+    observer.join()
+    assert said == [True]
+    assert alive_s < ex.alive_s <= time.monotonic()
 
 
 def test_leaving_member_is_named_by_who_waits_for_it() -> None:

@@ -13,7 +13,7 @@ from concertina.errors import InternalError, OperatorError, Unreachable
 from concertina.orchestrator.hands import Existing, NodeInfo
 from concertina.workers.generation import Assignment, KVSource, kv_key
 from concertina.workers.loading import Piece
-from concertina.workers.owner import OwnerConfig, OwnerReport
+from concertina.workers.owner_roles import OwnerConfig, OwnerReport
 from concertina.workers.pages.table import ExtentRequest
 from concertina.workers.pages.transfer import CopyPlan, PageSource
 from concertina.workers.protocol import EngineLoad

@@ -20,7 +20,7 @@ from concertina.orchestrator.core.facts import (
 )
 from concertina.orchestrator.hands import NodeInfo
 from concertina.workers.engine.scheduler import SchedulerConfig
-from concertina.workers.owner import OwnerConfig, OwnerReport
+from concertina.workers.owner_roles import OwnerConfig, OwnerReport
 from concertina.workers.roles import WorkerConfig, WorkerReport
 
 from .fake_hands import FakeHands, FakeOwner, FakeWorker

@@ -12,7 +12,8 @@ import sys
 from typing import Any
 
 from concertina.workers.loading import Piece
-from concertina.workers.owner import MemoryOwner, OwnerConfig
+from concertina.workers.owner import MemoryOwner
+from concertina.workers.owner_roles import OwnerConfig
 from concertina.workers.pages.memfd import MemfdPool, map_pages
 from concertina.workers.pages.ranges import MemfdRange
 from concertina.workers.pages.sharing import PoolServer, fetch_pool

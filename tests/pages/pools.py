@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from itertools import count
 
-from concertina.workers.owner import MemoryOwner, OwnerConfig
+from concertina.workers.owner import MemoryOwner
+from concertina.workers.owner_roles import OwnerConfig
 from concertina.workers.pages.memfd import map_pages
 
 PAGE = 4096

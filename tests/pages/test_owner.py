@@ -16,7 +16,8 @@ import torch
 from concertina.errors import InternalError, OperatorError
 from concertina.workers.checkpoint import Checkpoint
 from concertina.workers.loading import Piece
-from concertina.workers.owner import MemoryOwner, OwnerConfig
+from concertina.workers.owner import MemoryOwner
+from concertina.workers.owner_roles import OwnerConfig
 from concertina.workers.pages.holds import PagesHeld
 from concertina.workers.pages.huge import HugePages
 from concertina.workers.pages.memfd import map_pages

@@ -18,7 +18,8 @@ import pytest
 import torch
 from concertina.workers.checkpoint import Checkpoint
 from concertina.workers.loading import Piece
-from concertina.workers.owner import MemoryOwner, OwnerConfig
+from concertina.workers.owner import MemoryOwner
+from concertina.workers.owner_roles import OwnerConfig
 from concertina.workers.pages.memfd import MemfdPool
 from concertina.workers.pages.sharing import PoolServer, fetch_pool
 from concertina.workers.pages.table import ExtentRequest

@@ -158,6 +158,11 @@ class Server:
     def stderr(self) -> str:
         return (self.directory / "stderr").read_text()
 
+    def logs(self) -> Iterator[str]:
+        """What each of its Ray's processes has written."""
+        for path in self.directory.rglob("logs/worker-*.err"):
+            yield path.read_text(errors="replace")
+
     def wait_until_healthy(self) -> None:
         def ended_or_healthy() -> bool:
             return self.process.poll() is not None or healthy(self.url)

@@ -25,7 +25,7 @@ from concertina.orchestrator.config import DeploymentConfig
 from concertina.orchestrator.controller import Controller
 from concertina.orchestrator.hands import Existing, NodeInfo, OwnerHandle, WorkerHandle
 from concertina.workers.client import WorkerClient
-from concertina.workers.owner import OwnerConfig
+from concertina.workers.owner_roles import OwnerConfig
 from concertina.workers.roles import WorkerConfig
 from concertina.workers.services import OwnerService
 

@@ -15,7 +15,7 @@ from concertina.orchestrator.config import NAMESPACE
 from concertina.orchestrator.ray_hands import RayHands, end_all
 from concertina.orchestrator.starting import started
 from concertina.workers.engine.scheduler import SchedulerConfig
-from concertina.workers.owner import OwnerConfig
+from concertina.workers.owner_roles import OwnerConfig
 from concertina.workers.roles import WorkerConfig
 
 PAGE_BYTES = 2 << 20

@@ -23,6 +23,7 @@ from ray._private.authentication_test_utils import reset_auth_token_state
 from ..checkpoints import make_checkpoint
 from .client_load import ClientLoad
 from .command import GONE_S, Process, Server, concertina, descendants, wait_for
+from .freeze import frozen_engine
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 MODEL = "tiny"
@@ -191,6 +192,27 @@ def test_a_process_that_dies_is_not_noticed(
     assert kv_blocks(after) == kv_blocks(before)
     load.more()
     print(f"longest silence, {kind}: {load.silent_s:.2f} s")
+
+
+def test_an_engine_that_hangs_is_not_noticed(server: Server, deployment: Deployment, load: ClientLoad) -> None:
+    """The process answers, but the thread that computes does not come back.
+
+    Not if that thread has the interpreter at that moment: then nothing answers, which is the other case, and it is
+    struck again.
+    """
+    for _ in range(6):
+        before = settled(deployment, 2)
+        load.more(1)
+        struck = Process.of(before.workers[1].pid)
+        assert struck is not None
+        with frozen_engine(struck.pid):
+            wait_for(lambda: not struck.runs, lambda: f"still there: {deployment.status()}", limit_s=90.0)  # noqa: B023
+        after = settled(deployment, 2, before.generation + 1)
+        assert kv_blocks(after) == kv_blocks(before)
+        load.more()
+        if any("has to be ended: its engine has made no progress" in log for log in server.logs()):
+            return
+    pytest.fail("no engine was seen to hang beside a process that answers")
 
 
 def doubled(server: Server) -> bool:

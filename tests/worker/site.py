@@ -24,7 +24,8 @@ from concertina.workers.generation import (
 )
 from concertina.workers.kv.ledger import record_bytes
 from concertina.workers.model_files import ModelFiles
-from concertina.workers.owner import MemoryOwner, OwnerConfig
+from concertina.workers.owner import MemoryOwner
+from concertina.workers.owner_roles import OwnerConfig
 from concertina.workers.pages.sizing import pages_for
 from concertina.workers.pages.table import ExtentRequest
 from concertina.workers.roles import WorkerConfig

@@ -144,6 +144,12 @@ def test_a_sequence_that_has_no_heir_waits_as_before(make_site: MakeSite, hire: 
         assert stream.finished() == "moved"
 
 
+def next_boundary(worker: LocalWorker) -> None:
+    service = worker.worker._service
+    assert service is not None
+    service.engine.call(lambda: None)
+
+
 class Reads:
     """Reads of another device's KV (not of its ledger): their pages; ``before`` is called ahead of each."""
 
@@ -273,3 +279,36 @@ def test_an_abandoned_generation_takes_nothing(
         assert all(right(stream, loaded, 0) for stream in streams)
     assert len(reads.pages) == 1
     assert workers[0].worker.report().prepared == frozenset()
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_heir_lets_running_sequences_come_before_its_next_step(
+    make_site: MakeSite, hire: Hire, monkeypatch: pytest.MonkeyPatch, separate: bool
+) -> None:
+    """It knows of as many as end in a block that is not full, and does not wait where steps are short."""
+    site, workers = make_site("a", "b", blocks=ROOM, separate=separate), [hire(), hire()]
+    bring(workers, site.generation(["a", "b"]))
+    waits: list[tuple[int, float]] = []
+
+    def noted(engine: Engine, count: int, limit_s: float) -> None:
+        waits.append((count - engine.submitted, limit_s))
+
+    step_s = 100.0
+    monkeypatch.setattr(Engine, "await_submissions", noted)
+    monkeypatch.setattr(Engine, "step_s", property(lambda engine: step_s))
+    with clients() as client:
+        streams = [client.start(workers[1], [i, *range(9)], 120) for i in range(6)]
+        for stream in streams:
+            stream.wait_for(2)
+        bring(workers[:1], inheriting(site, ["a"], 0, "b"), workers[1], heir="a")
+        assert {stream.finished() for stream in streams} == {"moved"}
+        next_boundary(workers[0])
+        assert len(waits) == 1
+        assert 1 <= waits[0][0] <= len(streams)
+        assert waits[0][1] == 0.05
+        step_s = 0.004
+        workers[1].worker.release("a")
+        bring(workers, site.generation(["a", "b"]))
+        bring(workers[:1], inheriting(site, ["a"], 0, "b"), workers[1], heir="a")
+        next_boundary(workers[0])
+        assert len(waits) == 1

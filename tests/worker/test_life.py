@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -234,6 +235,49 @@ def test_a_failed_worker_is_replaced_and_the_others_recover(make_site: MakeSite,
         assert all(right(stream, loaded, len(old.tokens)) for stream, old in zip(again, streams[1::2], strict=True))
         for stream in again:
             assert stream.cached_tokens == len(stream.prompt) - 1
+
+
+def test_an_engine_that_hangs_is_told_from_one_that_waits_for_it(make_site: MakeSite, hire: Hire) -> None:
+    """Both processes answer; one engine is stuck in what it does at a boundary, the other one in the exchange."""
+    site, workers = make_site("a", "b"), [hire(), hire()]
+    bring(workers, site.generation(["a", "b"], timeout_s=2.0))
+    with clients() as client:
+        assert all(stream.finished() == "length" for stream in start_all(client, workers, 8))  # both loops turn
+    service, woken = workers[0].worker._service, threading.Event()
+    assert service is not None
+    stuck = threading.Thread(target=service.engine.call, args=(woken.wait,))
+    stuck.start()
+    try:
+        hung = until(workers[0], lambda r: r.failed)
+        parked = until(workers[1], lambda r: r.parked or r.failed)
+    finally:
+        woken.set()
+        stuck.join()
+    assert "no progress for 2 s" in hung.failed
+    assert "no sign of life for 2 s" in parked.parked
+    assert not parked.failed
+    parked = until(workers[0], lambda r: r.parked)  # it was slow, not stuck, if anybody had waited
+    assert not parked.failed
+
+
+def test_an_engine_alone_that_hangs_is_found_and_one_without_work_is_not(make_site: MakeSite, hire: Hire) -> None:
+    site, worker = make_site("a"), hire()
+    bring([worker], site.generation(["a"], "solo", timeout_s=1.0))
+    service, woken = worker.worker._service, threading.Event()
+    assert service is not None
+    service.engine.config = replace(service.engine.config, idle_wait_s=30.0)
+    service.engine.call(lambda: None)
+    for _ in range(25):  # far longer than the time-out, and far less than it sleeps
+        time.sleep(0.1)
+        assert not worker.worker.report().failed
+    stuck = threading.Thread(target=service.engine.call, args=(woken.wait,))
+    stuck.start()
+    try:
+        assert "no progress for 1 s" in until(worker, lambda r: r.failed).failed
+    finally:
+        woken.set()
+        stuck.join()
+    until(worker, lambda r: not r.failed and not r.parked)
 
 
 def test_a_peer_that_leaves_parks_who_is_told_to_go_on_alone(make_site: MakeSite, hire: Hire, loaded: Loaded) -> None:

@@ -30,6 +30,7 @@ T = TypeVar("T")
 Emit = Callable[[list[EngineOutput]], None]
 RunEnd = Literal["stopped", "retired"]
 _STEPS_KEPT = 8192
+_LOOK_S = 0.0005
 
 
 @dataclass(slots=True)
@@ -67,6 +68,8 @@ class Engine:
         Gets everyone's rows at each step boundary, after a change was committed; runs in the loop's thread.
     step_ends_s : deque of float
         When the latest forward passes ended, by ``clock``.
+    submitted : int
+        Requests that were queued so far.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Engine:
         self.generation = 0
         self.step_ends_s: deque[float] = deque(maxlen=_STEPS_KEPT)
         self.on_boundary: Callable[[Sequence[Row]], None] | None = None
+        self.submitted = 0
         self._decoder, self._kv, self._exchange = decoder, kv, exchange
         self._clock, self._draw_seed, self._sleep = clock, draw_seed, sleep
         notes = Notes(kv.ledger, kv.page_of)
@@ -125,6 +129,7 @@ class Engine:
             if moved_to is None:
                 self._ring()
                 self._core.submit(request, self._draw_seed)
+                self.submitted += 1
         if moved_to is not None:
             self._emit([EngineOutput(request.id, (), "moved", moved_to=moved_to)])
 
@@ -167,6 +172,12 @@ class Engine:
     def reserve(self, count: int) -> list[int]:
         """`EngineCore.reserve` at the next boundary: up to ``count`` blocks to fill and give to `adopt`."""
         return self._call_core(lambda: self._core.reserve(count))
+
+    def await_submissions(self, count: int, limit_s: float) -> None:
+        """In the loop's thread: return once ``count`` requests were queued in all, or after ``limit_s``."""
+        end_s = self._clock() + limit_s
+        while self.submitted < count and self._clock() < end_s:
+            self._sleep(_LOOK_S)
 
     def recover(self, swap: Swap) -> None:
         """Take new parts without asking the peers, after `run` has ended or raised. All sequences are kept.

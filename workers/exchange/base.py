@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from math import inf
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from ...errors import InternalError, PeerLost
+
+T = TypeVar("T")
 
 
 class Pending(Protocol):
@@ -26,6 +30,10 @@ class Exchange(Protocol):
     may come from any thread. Every method raises `PeerLost` once a member has died, hung or left,
     and goes on raising it: a broken exchange is replaced, never repaired.
     """
+
+    alive_s: float
+    """When this member last moved, by `time.monotonic`: it came back from a call, or looked around in one. Where it
+    sleeps, the latest time at which it wakes; `inf` before its first call. Who uses it may note other progress."""
 
     @property
     def rank(self) -> int: ...
@@ -73,18 +81,22 @@ class BaseExchange(ABC):
     ----------
     rank, size : int
         This member and the number of members.
+    timeout_s : float
+        How long a call waits for a member that shows no sign of life.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, timeout_s: float) -> None:
         if not 0 <= rank < size:
             raise InternalError(f"exchange: rank: expected 0 <= rank < size, got rank {rank} of size {size}")
         self._rank = rank
         self._size = size
+        self._timeout_s = timeout_s
         self._lost: PeerLost | None = None
         self._closed = False
         self._pending = False
         self._seen = 0
         self._agreed: int | None = None
+        self.alive_s = inf
 
     @property
     def rank(self) -> int:
@@ -96,7 +108,7 @@ class BaseExchange(ABC):
 
     def all_gather(self, row: Sequence[int]) -> list[list[int]]:
         self._usable()
-        rows = self._gather([*row, self._seen])
+        rows = self._waiting(lambda: self._gather([*row, self._seen]), self._timeout_s)
         self._agreed = min(r[-1] for r in rows)
         return [r[:-1] for r in rows]
 
@@ -106,7 +118,9 @@ class BaseExchange(ABC):
     def begin_dispatch(self, x: Tensor, in_splits: Sequence[int]) -> Pending:
         self._usable()
         self._check_splits("dispatch: in_splits", in_splits, x)
-        return self._begin(x, in_splits)
+        begun = self._waiting(lambda: self._begin(x, in_splits), self._timeout_s)
+        self._pending = True
+        return _Begun(self, begun)
 
     def combine(self, y: Tensor, in_splits: Sequence[int], out_splits: Sequence[int]) -> Tensor:
         self._usable()
@@ -115,7 +129,7 @@ class BaseExchange(ABC):
         mine, back = in_splits[self._rank], out_splits[self._rank]
         if mine != back:
             raise InternalError(f"combine: rank {self._rank} sends {mine} rows to itself and expects {back}")
-        return self._combine(y, in_splits, out_splits)
+        return self._waiting(lambda: self._combine(y, in_splits, out_splits), self._timeout_s)
 
     def doorbell(self) -> int:
         self._usable()
@@ -125,7 +139,8 @@ class BaseExchange(ABC):
 
     def wait(self, seen: int, timeout_s: float) -> None:
         self._usable()
-        self._sleep(seen if self._agreed is None else min(seen, self._agreed), timeout_s)
+        least = seen if self._agreed is None else min(seen, self._agreed)
+        self._waiting(lambda: self._sleep(least, timeout_s), timeout_s)
 
     def ring(self) -> None:
         if not self._closed:
@@ -146,6 +161,13 @@ class BaseExchange(ABC):
     def _ring(self) -> None: ...
     @abstractmethod
     def close(self) -> None: ...
+
+    def _waiting(self, call: Callable[[], T], most_s: float) -> T:
+        """What ``call`` returns, which may sleep for ``most_s`` before it looks around."""
+        self.alive_s = time.monotonic() + most_s
+        result = call()
+        self.alive_s = time.monotonic()
+        return result
 
     def _fail(self, lost: PeerLost) -> PeerLost:
         """Poison this exchange; returns the error to raise, which is the first one seen."""
@@ -169,3 +191,16 @@ class BaseExchange(ABC):
             raise InternalError(f"{name}: expected {self._size} counts of at least 0, got {list(splits)}")
         if x is not None and (x.dim() != 2 or x.shape[0] != sum(splits)):
             raise InternalError(f"{name}: {list(splits)} does not fit rows of shape {tuple(x.shape)}")
+
+
+class _Begun:
+    """Second half of a dispatch."""
+
+    def __init__(self, exchange: BaseExchange, dispatch: Pending) -> None:
+        self._ex, self._dispatch = exchange, dispatch
+
+    def wait(self) -> tuple[Tensor, list[int]]:
+        ex = self._ex
+        ex._pending = False
+        ex._usable()
+        return ex._waiting(self._dispatch.wait, ex._timeout_s)

@@ -157,7 +157,7 @@ class GroupExchange(BaseExchange):
         backend: GroupBackend = "gloo",
         host: str = "",
     ) -> None:
-        super().__init__(rank, size)
+        super().__init__(rank, size, timeout_s)
         self._timeout = timedelta(seconds=timeout_s)
         self._device = torch.device("cpu") if backend == "gloo" else torch.device("cuda", torch.cuda.current_device())
         store = rendezvous.connect(timeout_s)
@@ -183,7 +183,6 @@ class GroupExchange(BaseExchange):
     def _begin(self, x: Tensor, in_splits: Sequence[int]) -> Pending:
         self._check_device(x)
         out_splits = self._swap_counts(in_splits)
-        self._pending = True
         return _Dispatch(self, x, list(in_splits), out_splits)
 
     def _combine(self, y: Tensor, in_splits: Sequence[int], out_splits: Sequence[int]) -> Tensor:
@@ -250,8 +249,6 @@ class _Dispatch:
         self._out, self._work = exchange._start(self._x, in_splits, out_splits)
 
     def wait(self) -> tuple[Tensor, list[int]]:
-        self._ex._pending = False
-        self._ex._usable()
         self._ex._finish(self._work)
         return self._out, self._splits
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -109,6 +110,7 @@ class ParallelExperts:
         rank_TK, slot_TK = self._route(layer, ids_TK.long())
         weights_TK = weights_TK.float()
         if self._exchange.size == 1:
+            self._exchange.alive_s = time.monotonic()  # no call of its own says that a layer is done
             return self._compute(layer, x_TH, slot_TK, weights_TK)
         batch = self._pack(rank_TK, x_TH, slot_TK, weights_TK)
         begin = sum(batch.splits[: self._exchange.rank])

@@ -65,7 +65,7 @@ class SharedMemoryExchange(BaseExchange):
     def __init__(
         self, region: Any, rank: int, size: int, capacity_bytes: int, timeout_s: float, locks: MemberLocks
     ) -> None:
-        super().__init__(rank, size)
+        super().__init__(rank, size, timeout_s)
         futex.require_futex()
         layout = layout_for(size, capacity_bytes)
         origin, self._keep = address_of(region, layout.total)
@@ -76,7 +76,6 @@ class SharedMemoryExchange(BaseExchange):
         self._bell_at = origin + layout.bell(rank)
         self._doorbell = c_uint32.from_address(self._doorbell_at)
         self._bell = c_uint32.from_address(self._bell_at)
-        self._timeout_s = timeout_s
         self._check_s = min(_CHECK_S, timeout_s / 4)
         self._members = Members(layout, origin, rank, locks)
 
@@ -97,7 +96,6 @@ class SharedMemoryExchange(BaseExchange):
         return [all_rows[r * n : (r + 1) * n].tolist() for r in range(self._size)]
 
     def _begin(self, x: Tensor, in_splits: Sequence[int]) -> Pending:
-        self._pending = True
         return _Dispatch(self, _contiguous(x), in_splits)
 
     def _combine(self, y: Tensor, in_splits: Sequence[int], out_splits: Sequence[int]) -> Tensor:
@@ -135,6 +133,7 @@ class SharedMemoryExchange(BaseExchange):
             if not missing:
                 return
             self._members.beat()
+            self.alive_s = time.monotonic()
             self._raise(self._members.verdict())
             if self._closed:
                 raise InternalError("exchange: it was closed during a call")
@@ -231,8 +230,6 @@ class _Dispatch:
         self._transfer = _Transfer(exchange, _DISPATCH, x.data_ptr(), in_splits, _row_bytes(x))
 
     def wait(self) -> tuple[Tensor, list[int]]:
-        self._ex._pending = False
-        self._ex._usable()
         splits = self._transfer.rows()
         out = torch.empty((sum(splits), self._x.shape[1]), dtype=self._x.dtype)
         self._transfer.finish(out.data_ptr())

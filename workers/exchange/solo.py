@@ -24,7 +24,7 @@ class SoloExchange(BaseExchange):
     """Size 1. `dispatch` and `combine` hand back the tensor that they are given, not a copy."""
 
     def __init__(self) -> None:
-        super().__init__(0, 1)
+        super().__init__(0, 1, 0.0)
         self._changed = threading.Condition()
         self._rings = 0
 
