@@ -20,7 +20,7 @@ EMBEDDED = "concertina-embedded"  # resource of the only node of a Ray that nobo
 _LOG_LEVEL = logging.ERROR
 _CONTROLLER = "controller/"
 _KNOCK_S = 5.0
-_PATIENCE_S = 60.0
+PATIENCE_S = 60.0
 _AGAIN_S = 0.2
 
 
@@ -142,7 +142,7 @@ def ask(reference: Any, timeout_s: float | None = None) -> Any:
         raise InternalError(f"a process of the deployment has ended: {e}") from e
 
 
-def ask_again(call: Callable[[], Any], patience_s: float = _PATIENCE_S) -> Any:
+def ask_again(call: Callable[[], Any], patience_s: float = PATIENCE_S) -> Any:
     """The result of ``call()``, a remote call that may be made twice, through a restart of the actor that it asks.
 
     Raises

@@ -164,22 +164,33 @@ def _announce(config: DeploymentConfig, started: bool) -> None:
 def _watch(controller: Any, config: DeploymentConfig) -> None:
     """Return never; raise what ended the deployment, or that its controller stays away.
 
-    One that hangs is ended. Ray starts it again, and it goes on where it was.
+    One that hangs is ended, whenever it does so. Ray starts it again, and it goes on where it was.
     """
+    there_s = time.monotonic()
     while True:
         try:
             remote.ask(controller.alive.remote(), config.hang_timeout_s)
         except remote.Silent:
-            _end_controller(config.name)
+            if _end_controller(config.name):
+                there_s = time.monotonic()
         except remote.Unavailable:
             _log.info("the controller is being started again")
-        remote.ask_again(controller.check.remote)
+        try:  # it answers once it has taken its processes up again; if it hangs meanwhile, the next look finds it
+            remote.ask(controller.check.remote(), config.hang_timeout_s)
+            there_s = time.monotonic()
+        except remote.Unavailable:
+            if time.monotonic() - there_s > config.hang_timeout_s + remote.PATIENCE_S:
+                raise
         time.sleep(_HEALTH_S)
 
 
-def _end_controller(deployment: str) -> None:
-    """End its process, which is of this node; one that is only starting has not been noted yet, and is let be."""
+def _end_controller(deployment: str) -> bool:
+    """End its process, which is of this node; whether that was done.
+
+    One that is only starting has not been noted yet, and is let be.
+    """
     process = Identity.noted(deployment, remote.controller_name(deployment))
-    if process is not None and process.runs_here():
-        _log.warning("the controller gives no answer: it is ended and started again")
-        process.end_here(0.0, _STOP_S)
+    if process is None or not process.runs_here():
+        return False
+    _log.warning("the controller gives no answer: it is ended and started again")
+    return process.end_here(0.0, _STOP_S)

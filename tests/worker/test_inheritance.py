@@ -62,14 +62,13 @@ def test_running_sequences_go_on_at_once_and_nothing_is_computed_again(
             assert all(right(new, loaded, len(old.tokens)) for new, old in zip(again, moved, strict=True))
             assert [new.cached_tokens for new in again] == [len(new.prompt) - 1 for new in again]
             assert all(right(stream, loaded, 0) for stream in streams[0])
-            late = client.start(workers[1], [1, 2, 3], 2)  # from who has not heard yet: it waits for the rest
-            until(workers[1], lambda report: report.load.waiting == 1)
+            late = client.start(workers[1], [1, 2, 3], 2)  # from who has not heard yet
+            assert (late.finished(), late.end.result().moved_to) == ("moved", "a")
             for device, leaver in (("b", workers[1]), ("c", workers[2])):
                 assert leaver.worker.report().retired == number
                 pages = workers[0].worker.adopt_kv(site.source(device, far=far), 3 * ROOM)
                 assert separate or set(pages) & set(site.kv(device))
                 leaver.worker.release("a")
-            assert (late.finished(), late.end.result().moved_to) == ("moved", "a")
         report = workers[0].worker.report()
         assert report.load.kv_blocks == report.kv_blocks
         assert workers[1].worker.report().device == ""
@@ -114,21 +113,28 @@ def test_a_leaver_holds_nothing_once_its_heir_has_what_runs(make_site: MakeSite,
 
 
 def test_who_waits_goes_on_only_once_the_rest_is_handed_over(make_site: MakeSite, hire: Hire, loaded: Loaded) -> None:
-    """What it has computed before may be cached, and is not there at the switch."""
+    """What it would find is cached, and used by nobody, so that it is not there at the switch."""
     site, workers = make_site("a", "b", blocks=ROOM), [hire(), hire()]
     bring(workers, site.generation(["a", "b"]))
     with clients() as client:
-        runs = [client.start(workers[1], [i, *range(9)], 120) for i in range(8)]  # as many as may run
+        earlier = [200, *range(9)]
+        assert client.start(workers[1], earlier, 3).finished() == "length"
+        runs = [client.start(workers[1], [i, *range(9)], 110) for i in range(8)]  # as many as may run
         for stream in runs:
             stream.wait_for(2)
-        waits = client.start(workers[1], [4, 9, 1], 5)
+        finds, new = [client.start(workers[1], prompt, 5) for prompt in (earlier, [4, 9, 1])]
+        knows = client.start(workers[1], [0, *range(8), 77], 5)  # what a sequence uses that goes, too
+        while workers[1].worker.report().load.waiting < 3:
+            assert not runs[0].end.done()
         bring(workers[:1], inheriting(site, ["a"], 0, "b"), workers[1], heir="a")
-        assert {stream.finished() for stream in runs} == {"moved"}
-        until(workers[1], lambda report: report.load.waiting == 1)
-        assert not waits.end.done()
+        assert {stream.finished() for stream in [*runs, new, knows]} == {"moved"}
+        late = [client.start(workers[1], prompt, 5) for prompt in (earlier, [4, 9, 1])]
+        assert late[1].finished() == "moved"
+        until(workers[1], lambda report: report.load.waiting == 2)
+        assert not finds.end.done()
         workers[1].worker.release("a")
-        assert waits.finished() == "moved"
-        assert right(client.again(workers[0], waits), loaded, 0)
+        assert [stream.finished() for stream in (finds, late[0])] == ["moved", "moved"]
+        assert right(client.again(workers[0], finds), loaded, 0)
 
 
 def test_a_sequence_that_has_no_heir_waits_as_before(make_site: MakeSite, hire: Hire) -> None:

@@ -69,6 +69,7 @@ class BlockManager:
         self._free: list[int] = []
         self._idle: dict[int, None] = {}  # cached blocks, least recently used first
         self._reserved: set[int] = set()
+        self._unused: frozenset[int] = frozenset()
         self._tables: dict[str, _Table] = {}
         self._index = PrefixIndex(block_tokens)
         self._stamp = 0
@@ -236,8 +237,14 @@ class BlockManager:
         return blocks
 
     def detach(self) -> None:
-        """Write nothing to the ledger from here on."""
+        """Write nothing to the ledger from here on: who takes what sequences use now goes by that."""
         self._notes.detach()
+        self._unused = frozenset(self._idle)
+
+    def finds_unused(self, tokens: Sequence[int]) -> bool:
+        """Whether a sequence would find something here that no sequence used when `detach` was called."""
+        match = self._index.match(tokens, self._unused.__contains__)
+        return match.tail_tokens > 0 or not self._unused.isdisjoint(match.full)
 
     def _enter(self, block: int) -> None:
         self._reserved.discard(block)

@@ -166,9 +166,12 @@ class EngineCore:
         self.scheduler.blocks.detach()
 
     def hand_over(self, moved_to: str, *, running: bool) -> list[EngineOutput]:
-        """End every sequence, or those that run, to be continued elsewhere; all outputs that have not been reported."""
+        """End sequences, to be continued elsewhere; all outputs that have not been reported.
+
+        With ``running`` those stay that wait and would find here what no sequence uses.
+        """
         for seq in self.scheduler.sequences:
-            if running and not isinstance(seq.state, Running):
+            if running and not isinstance(seq.state, Running) and self.scheduler.blocks.finds_unused(seq.tokens):
                 continue
             end = Finished("moved")
             self.scheduler.finish(seq, end)

@@ -95,6 +95,7 @@ class Engine:
         self._stop = False
         self._retired = False
         self._moved_to: str | None = None  # where later requests are sent; None: not handed over
+        self._keeps_finders = False  # those stay that would find here what no sequence used
         self._emit: Emit = _nobody_listens
         self._lock = threading.Lock()  # guards the core and the exchange's identity; never held while waiting
         self._turns = Turns()
@@ -125,7 +126,8 @@ class Engine:
             It is refused, and nothing has changed.
         """
         with self._lock:  # the loop looks for work under the same lock, so ringing first loses nothing
-            moved_to = self._moved_to
+            stays = self._keeps_finders and self._core.scheduler.blocks.finds_unused(request.prompt)
+            moved_to = None if stays else self._moved_to
             if moved_to is None:
                 self._ring()
                 self._core.submit(request, self._draw_seed)
@@ -200,7 +202,8 @@ class Engine:
     def hand_over(self, moved_to: str, *, running: bool = False) -> list[EngineOutput]:
         """End every sequence of an engine that has retired as moved to that device; all outputs not yet emitted.
 
-        With ``running`` only those that run; what waits, and what comes later, is kept for another call.
+        With ``running`` those stay for another call, now and later, that wait and would find here what no sequence
+        uses: it is not there yet, and would be computed again.
 
         Raises
         ------
@@ -210,7 +213,7 @@ class Engine:
         with self._turns.loop(), self._lock:
             if not self._retired:
                 raise InternalError("an engine that has not retired cannot hand its sequences over")
-            self._moved_to = self._moved_to if running else moved_to
+            self._moved_to, self._keeps_finders = moved_to, running
             return self._core.hand_over(moved_to, running=running)
 
     def run(self, emit: Emit) -> RunEnd:
