@@ -166,18 +166,18 @@ def _watch(controller: Any, config: DeploymentConfig) -> None:
 
     One that hangs is ended, whenever it does so. Ray starts it again, and it goes on where it was.
     """
-    there_s = time.monotonic()
+    there_s, ended = time.monotonic(), False
     while True:
         try:
             remote.ask(controller.alive.remote(), config.hang_timeout_s)
         except remote.Silent:
-            if _end_controller(config.name):
-                there_s = time.monotonic()
+            if _end_controller(config.name) and not ended:  # its successor has as long again, but not for ever
+                there_s, ended = time.monotonic(), True
         except remote.Unavailable:
             _log.info("the controller is being started again")
         try:  # it answers once it has taken its processes up again; if it hangs meanwhile, the next look finds it
             remote.ask(controller.check.remote(), config.hang_timeout_s)
-            there_s = time.monotonic()
+            there_s, ended = time.monotonic(), False
         except remote.Unavailable:
             if time.monotonic() - there_s > config.hang_timeout_s + remote.PATIENCE_S:
                 raise

@@ -263,3 +263,11 @@ def test_wrong_logits_and_configurations_are_errors() -> None:
         EngineConfig(SchedulerConfig(64), 4, (4,))
     with pytest.raises(OperatorError, match="idle_wait_s"):
         config(idle_wait_s=0)
+
+
+def test_a_wrong_request_is_refused_also_where_others_are_sent_on() -> None:
+    engine = solo()
+    engine.retire()
+    assert engine.hand_over("cpu:1", running=True) == []
+    with pytest.raises(InvalidRequest):
+        engine.submit(request("a", [VOCAB]))

@@ -26,6 +26,7 @@ class World:
         self._last: Iterator[tuple[str, Exception | None]] = iter(answers)
 
     def ask(self, reference: str, timeout_s: float) -> None:
+        assert self.now_s < 1000, "it goes on for ever"
         call, error = next(self._last, (reference, self._answers[-1][1]))
         assert call == reference
         self.now_s += timeout_s if isinstance(error, remote.Silent) else 1.0
@@ -73,3 +74,9 @@ def test_one_that_stays_away_ends_the_command(monkeypatch: pytest.MonkeyPatch) -
     assert world.watch(monkeypatch) is AWAY
     assert CONFIG.hang_timeout_s + remote.PATIENCE_S < world.now_s < CONFIG.hang_timeout_s + remote.PATIENCE_S + 10
     assert world.ended == 0
+
+
+def test_one_whose_successors_hang_too_ends_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World([("alive", OK), ("check", OK), ("alive", SILENT), ("check", SILENT)])
+    assert world.watch(monkeypatch) is SILENT
+    assert world.ended > 1

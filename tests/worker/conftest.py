@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from concertina.workers.model_files import ModelFiles
+from concertina.workers.worker import Worker
 
 from ..checkpoints import make_checkpoint
 from ..model.loaded import Loaded
-from .site import LocalWorker, Site
+from .site import LocalWorker, Site, worker_config
 
 
 @pytest.fixture(scope="package")
@@ -43,12 +44,12 @@ def make_site(files: ModelFiles) -> Iterator[Callable[..., Site]]:
 
 
 @pytest.fixture
-def hire() -> Iterator[Callable[[], LocalWorker]]:
+def hire() -> Iterator[Callable[..., LocalWorker]]:
     """Workers in this process, stopped at the end."""
     with ExitStack() as stack:
 
-        def make() -> LocalWorker:
-            worker = LocalWorker()
+        def make(**fields: Any) -> LocalWorker:
+            worker = LocalWorker(Worker(worker_config(**fields)))
             stack.callback(worker.worker.stop)
             return worker
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -20,7 +21,7 @@ from .site import BLOCK_TOKENS, LocalWorker, Site, bring, prepare, until
 from .streams import Stream, clients
 
 MakeSite = Callable[..., Site]
-Hire = Callable[[], LocalWorker]
+Hire = Callable[..., LocalWorker]
 PROMPTS = [[13 * i + j for j in range(5 + 4 * i)] for i in range(4)]
 ROOM = 240  # more than all sequences together need
 
@@ -114,7 +115,7 @@ def test_a_leaver_holds_nothing_once_its_heir_has_what_runs(make_site: MakeSite,
 
 def test_who_waits_goes_on_only_once_the_rest_is_handed_over(make_site: MakeSite, hire: Hire, loaded: Loaded) -> None:
     """What it would find is cached, and used by nobody, so that it is not there at the switch."""
-    site, workers = make_site("a", "b", blocks=ROOM), [hire(), hire()]
+    site, workers = make_site("a", "b", blocks=ROOM), [hire(emulated_step_ms=10.0) for _ in range(2)]
     bring(workers, site.generation(["a", "b"]))
     with clients() as client:
         earlier = [200, *range(9)]
@@ -126,6 +127,7 @@ def test_who_waits_goes_on_only_once_the_rest_is_handed_over(make_site: MakeSite
         knows = client.start(workers[1], [0, *range(8), 77], 5)  # what a sequence uses that goes, too
         while workers[1].worker.report().load.waiting < 3:
             assert not runs[0].end.done()
+            time.sleep(0.001)
         bring(workers[:1], inheriting(site, ["a"], 0, "b"), workers[1], heir="a")
         assert {stream.finished() for stream in [*runs, new, knows]} == {"moved"}
         late = [client.start(workers[1], prompt, 5) for prompt in (earlier, [4, 9, 1])]

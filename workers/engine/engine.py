@@ -21,6 +21,7 @@ from .blocks import BlockManager
 from .core import EngineConfig, EngineCore, StepWork
 from .lockstep import Change, Offer, Retire, Row, Swap, gather
 from .notes import Notes
+from .requests import check_request
 from .sampler import Sampled, sample
 from .seams import KV, Decoder, StepExchange
 from .stats import EngineStats
@@ -126,6 +127,8 @@ class Engine:
             It is refused, and nothing has changed.
         """
         with self._lock:  # the loop looks for work under the same lock, so ringing first loses nothing
+            if self._keeps_finders:
+                check_request(request, self.config.vocab_size)
             stays = self._keeps_finders and self._core.scheduler.blocks.finds_unused(request.prompt)
             moved_to = None if stays else self._moved_to
             if moved_to is None:
