@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 
 import pytest
@@ -52,6 +53,22 @@ def test_one_rank_is_the_kernel_itself() -> None:
     y = ParallelExperts(SoloExchange(), placement, local)(0, x, torch.tensor([[0, 1], [2, -1]]), weights)
     assert y is answer
     assert calls == [(0, x, [[2, 0], [1, -1]], weights)]
+
+
+def test_one_rank_is_seen_to_move_with_every_layer() -> None:
+    """It makes no call in which the exchange itself would note it, and a step of many layers is no hang."""
+    ex, seen = SoloExchange(), []
+
+    def local(layer: int, x_NH: Tensor, slots_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        seen.append(ex.alive_s)
+        time.sleep(0.001)
+        return x_NH
+
+    parallel = ParallelExperts(ex, balanced_placement(["a"], 3, 2), local)
+    began_s = time.monotonic()
+    for layer in range(3):
+        parallel(layer, torch.ones(1, 1), torch.tensor([[0]]), torch.ones(1, 1))
+    assert began_s <= seen[0] < seen[1] < seen[2] <= time.monotonic()
 
 
 shares = st.lists(st.floats(0.01, 1.0), min_size=1, max_size=4)
