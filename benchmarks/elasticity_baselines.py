@@ -12,8 +12,9 @@ from statistics import median
 from typing import Any
 
 from concertina.orchestrator.config import DeploymentConfig
+from concertina.orchestrator.demo import free_port
 
-from .httpload import Endpoint, first_token_s, free_port, server
+from .httpload import Endpoint, first_token_s, server
 
 Row = dict[str, Any]
 _MODEL = "model"

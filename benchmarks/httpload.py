@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,13 +26,6 @@ class Endpoint:
 
     port: int
     model: str
-
-
-def free_port() -> int:
-    """A port of this machine on which nobody listens now."""
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        port: int = s.getsockname()[1]
-        return port
 
 
 async def stream(endpoint: Endpoint, prompt: Sequence[int], tokens: int = NEW_TOKENS) -> list[float]:

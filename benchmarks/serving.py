@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from concertina.orchestrator.demo import free_port
 from concertina.workers.model_files import ModelFiles
 
 from . import floor, httpload
@@ -166,7 +167,7 @@ def in_full(args: argparse.Namespace, options: Options, folder: Path) -> tuple[d
     """Every system through every door, and the machine's rates before and after."""
     summary = floors(options)
     rows = measure_engines(options, args.rounds, args.peers_on == "both", folder)
-    for system in servers(options, httpload.free_port()):
+    for system in servers(options, free_port()):
         rows += measure_server(system, options.threads, args.rounds)
     return summary | floors_again(options, summary) | summarise(rows), rows
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 
 from ..errors import OperatorError
-from ..planners.model import Loads
+from ..planners.model import Loads, ModelSpec
+from ..planners.placement import Placement
 from ..planners.solution import Clock
 from ..workers.roles import WorkerReport
-from .core.layout import Layout
 from .loads import LoadWindow, write_loads
 from .placing import Site, better_placement
 
@@ -25,8 +24,7 @@ class Balancer:
 
     Parameters
     ----------
-    site : Site
-        Its seats are replaced by those of the layout in force.
+    model : ModelSpec
     every_s : float
         Time between two plans, which is also the horizon over which a move must pay; 0 never plans.
     loads_file : str or None
@@ -35,9 +33,9 @@ class Balancer:
         Seconds.
     """
 
-    def __init__(self, site: Site, every_s: float, loads_file: str | None, now: Clock) -> None:
-        self._site, self._every_s, self._file, self._now = site, every_s, loads_file, now
-        self.window = LoadWindow.empty(site.model.layers, site.model.experts, now())
+    def __init__(self, model: ModelSpec, every_s: float, loads_file: str | None, now: Clock) -> None:
+        self._every_s, self._file, self._now = every_s, loads_file, now
+        self.window = LoadWindow.empty(model.layers, model.experts, now())
         self._seen: dict[tuple[str, int], tuple[np.ndarray, int]] | None = None  # nobody has been observed yet
         self._planned_s = now()
         self.reason = "no plan yet"
@@ -73,17 +71,16 @@ class Balancer:
         late = self._every_s > 0 and self._now() - self._planned_s >= self._every_s
         return late and self.loads is not None
 
-    def plan(self, layout: Layout) -> Layout | None:
-        """A layout that serves the measured loads better, or None. Takes up to seconds: call it in a thread."""
+    def plan(self, site: Site, current: Placement) -> Placement | None:
+        """A placement that serves the measured loads better, or None. Takes up to seconds: call it in a thread."""
         self._planned_s = self._now()
         if self._file is not None:
             self._keep(self._file)
-        site = replace(self._site, seats=layout.seats)
         loads = Loads(self.window.per_step_LE)
-        verdict = better_placement(site, loads, layout.placement, self._every_s, self._now)
+        verdict = better_placement(site, loads, current, self._every_s, self._now)
         self.reason = verdict.reason
         _log.info("placement: %s", verdict.reason)
-        return None if verdict.placement is None else replace(layout, placement=verdict.placement)
+        return verdict.placement
 
     def _keep(self, path: str) -> None:
         try:

@@ -11,12 +11,14 @@ import hmac
 import logging
 import os
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf
 
 from ..errors import InternalError, OperatorError, Unreachable
+from ..workers.generation import kv_key
 from ..workers.model_files import ModelFiles
 from .balancer import Balancer
 from .cluster import Cluster
@@ -29,13 +31,12 @@ from .core.step import step
 from .deeds import Deeds
 from .hands import Hands, OwnerHandle, WorkerHandle
 from .kv_deeds import KVDeeds
-from .placing import Site
 from .planfiles import model_spec
 from .planning import Context, plan_layout
 from .preview import Preview, preview
 from .registry import Registry
 from .report import member_list, operation_status, pool_statuses, worker_statuses
-from .resize import drained, named_devices, named_node, rebalanced, resized, route
+from .resize import drained, named_devices, named_node, placed, rebalanced, resized, route
 from .seating import nodes_called
 from .status import DeploymentStatus, MemberList, OperationStatus, Progress
 from .under_way import UnderWay, error_text
@@ -106,7 +107,7 @@ class Controller:
                 _log.warning("step times are emulated: at least %g ms", self._config.engine.emulated_step_ms)
             nodes = list(self._cluster.nodes.values())
             layout = plan_layout(self._config, model, nodes, self._hands.now_s)
-            self._begin(model, layout)
+            self._begin(model)
             await self._ask("start", f"{len(layout.seats)} workers", (layout,))
         async with self._changed:
             await self._changed.wait_for(lambda: self._state.failure or self._all_reachable())
@@ -124,9 +125,8 @@ class Controller:
         finding = [self._find_worker(name, *found) for name, found in existing.workers.items()]
         finding += [self._find_owner(name.removeprefix(prefix), owner) for name, owner in existing.owners.items()]
         await asyncio.gather(*finding)
-        record = self._state.serving or (self._state.pending.record if self._state.pending else None)
-        if record is not None:
-            self._begin(model, record.layout)
+        if self._state.serving is not None or self._state.pending is not None:
+            self._begin(model)
 
     async def _find_worker(self, name: str, node: str, handle: WorkerHandle) -> None:
         """Note a worker of before; one that gives no answer is ended before another takes its place."""
@@ -197,7 +197,7 @@ class Controller:
             uptime_s=self._hands.now_s() - self._state.began_s,
             workers=worker_statuses(record, self._cluster.workers) if record else (),
             pools=await pool_statuses(self._cluster),
-            standbys=self._standbys(),
+            standbys=self._standbys().total(),
             operations=tuple(self._told(operation) for operation in self._state.operations[-_LATEST:]),
             cordoned=tuple(sorted(self._state.cordoned & set(self._cluster.nodes))),
             detail=self._state.failure or self._under_way.trouble,
@@ -214,12 +214,12 @@ class Controller:
         """
         self._admit(token)
         current = self._state.operation
-        if current is not None and len(current.goal.seats) == workers and current.kind == "scale" and not dry_run:
+        if current is not None and (current.kind, current.subject) == ("scale", str(workers)) and not dry_run:
             return self._told(current)
         base, way = await self._plan(lambda now, c: resized(now, workers, c))
         if dry_run:
             return preview(base, way[-1], way, self._standbys())
-        return await self._ask("scale", _change(base, way), way)
+        return await self._ask("scale", _change(base, way), way, subject=str(workers))
 
     async def rebalance(self, token: str) -> OperationStatus:
         """Let experts go where the loads measured so far want them; raises like `scale`, and without any loads."""
@@ -227,21 +227,25 @@ class Controller:
         kept = self._config.loads_file is not None and os.path.exists(self._config.loads_file)
         if not kept and (self._balancer is None or self._balancer.loads is None):
             raise OperatorError("rebalance: too few tokens were routed so far to tell hot experts from cold ones")
-        return await self._ask("rebalance", "for the measured loads", (await self._plan(rebalanced))[1])
+        _, way = await self._plan(rebalanced)
+        return await self._ask("rebalance", "for the measured loads", way, subject="experts")
 
     async def drain(self, token: str, device: str, deadline_s: float | None = None) -> OperationStatus:
         """Take a device, or all of a node, out; raises like `scale`. A node gets no new devices then, until `undrain`.
 
-        KV that is not handed over after ``deadline_s`` seconds is given up, and computed again elsewhere.
+        KV that is not handed over after ``deadline_s`` seconds is given up, and computed again elsewhere: also of
+        devices there that are leaving already, for whatever reason.
         """
         self._admit(token)
         base, way = await self._plan(lambda now, c: drained(now, device, c))
+        context = self._context()
         deadlines: dict[str, float] = {}
         if deadline_s is not None:
             until_s = self._hands.now_s() + deadline_s
-            deadlines = dict.fromkeys(named_devices(base, device, self._context()), until_s)
-        leaving = Leaving(deadlines, named_node(base, device, self._context()))
-        return await self._ask("drain", f"{device}: {_change(base, way)}", way, leaving)
+            deadlines = dict.fromkeys(named_devices(base, device, context), until_s)
+        node = named_node(base, device, context)
+        text = f"{device}: {_change(base, way)}"
+        return await self._ask("drain", text, way, Leaving(deadlines, node), subject=node or device)
 
     async def undrain(self, token: str, name: str) -> str:
         """Let a drained node take devices again; its id. Raises `OperatorError`: no such node, or a wrong token."""
@@ -309,13 +313,20 @@ class Controller:
             if (base, context.cordoned) == (self._base(), self._state.cordoned):  # nothing has come between
                 return base, way
 
-    def _standbys(self) -> int:
-        return sum(member.fact(0.0, inf).idle for member in self._cluster.workers.values())
+    def _standbys(self) -> Counter[str]:
+        """Workers that stand by, by node."""
+        return Counter(member.node for member in self._cluster.workers.values() if member.fact(0.0, inf).idle)
 
     async def _ask(
-        self, kind: OperationKind, text: str, way: tuple[Layout, ...], leaving: Leaving | None = None
+        self,
+        kind: OperationKind,
+        text: str,
+        way: tuple[Layout, ...],
+        leaving: Leaving | None = None,
+        *,
+        subject: str = "",
     ) -> OperationStatus:
-        self._state = request(self._state, kind, text, way, self._hands.now_s(), leaving)
+        self._state = request(self._state, kind, text, way, self._hands.now_s(), leaving, subject)
         operation = self._state.operations[-1]
         await self._save()
         self._woken()
@@ -338,17 +349,29 @@ class Controller:
         nodes = list(self._cluster.nodes.values())
         measured = self._balancer.loads if self._balancer is not None else None
         context = Context.of(self._config, self._deeds.model, nodes, self._hands.now_s, measured)
-        return replace(context, cordoned=self._state.cordoned)
+        return replace(context, cordoned=self._state.cordoned, leavers=self._leavers())
+
+    def _leavers(self) -> dict[str, str]:
+        """Devices that are leaving already, and their nodes as far as they have something there."""
+        operation, pending = self._state.operation, self._state.pending
+        left: dict[str, str] = {}
+        if operation is not None and operation.kind == "drain" and operation.subject not in self._cluster.nodes:
+            left[operation.subject] = ""
+        for pool in self._cluster.pools.values():
+            kept = (key.removeprefix(kv_key("")) for key in pool.pages if key.startswith(kv_key("")))
+            left.update(dict.fromkeys(kept, pool.node))
+        stay = {*self._base().devices, *(pending.record.layout.devices if pending is not None else ())}
+        return {device: node for device, node in left.items() if device not in stay}
 
     async def _open(self) -> ModelFiles:
         await self._cluster.look_at_nodes()
         return ModelFiles.open(self._config.checkpoint, self._config.dtype)
 
-    def _begin(self, model: ModelFiles, layout: Layout) -> None:
+    def _begin(self, model: ModelFiles) -> None:
         registry = Registry(self._config, self._cluster, lambda: self._state)
         self._deeds = Deeds(model, registry, KVDeeds(registry))
-        site = Site(layout.seats, model_spec(model.config), self._config.spare_slots)
-        self._balancer = Balancer(site, self._config.rebalance_s, self._config.loads_file, self._hands.now_s)
+        spec, config = model_spec(model.config), self._config
+        self._balancer = Balancer(spec, config.rebalance_s, config.loads_file, self._hands.now_s)
         self._loop = asyncio.create_task(self._run())
 
     def _woken(self) -> None:
@@ -385,8 +408,10 @@ class Controller:
         self._reason = decision.reason
         under_way.start(decision.effects, alone=self._state.pending is None)
         await self._tell()
+        # Not `wait_for`: until Python 3.12 it may forget that it was cancelled.
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), min(_TICK_S, max(0.0, decision.again_s - self._hands.now_s())))
+            async with asyncio.timeout(min(_TICK_S, max(0.0, decision.again_s - self._hands.now_s()))):
+                await self._wake.wait()
 
     async def _tell(self) -> None:
         """Wake who waits for the state, or the list of members, to change."""
@@ -410,11 +435,16 @@ class Controller:
     async def _follow_loads(self, balancer: Balancer, layout: Layout) -> None:
         """Beside the loop: planning takes seconds, and a worker that dies meanwhile must not wait for it."""
         try:
-            better = await asyncio.to_thread(balancer.plan, layout)
-            way = await asyncio.to_thread(route, layout, better, self._context()) if better is not None else ()
+            context = self._context()
+            better = await asyncio.to_thread(balancer.plan, context.site(layout.seats), layout.placement)
+            if better is None:
+                return
+            way = await asyncio.to_thread(route, layout, placed(layout, better, context), context)
             serving = self._state.serving
-            if way and self._state.operation is None and serving is not None and serving.layout == layout:
+            if self._state.operation is None and serving is not None and serving.layout == layout:
                 await self._ask("rebalance", "following the measured loads", way)
+        except OperatorError as e:
+            _log.warning("experts stay where they are: %s", e)
         except Exception:  # noqa: BLE001 - experts that stay where they are serve; ending that would be worse
             _log.exception("planning failed; experts stay where they are")
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ..errors import OperatorError
 CHECKPOINT = Path(".demo/checkpoint")
 WORKERS = 2
 MAX_TOKENS = 160
+_PORTS = range(20_000, 32_000)
 PROMPTS = (
     'def read_lines(path):\n    """Return the lines of a file."""\n    ',
     "import os\nimport sys\n\n\nclass Parser:\n    def __init__(self, ",
@@ -50,11 +52,16 @@ def run(*arguments: str) -> None:
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
+    """A TCP port on loopback that nobody listens on, and that no process is given unless it asks for just that one.
+
+    Ray's processes take many of those that the system gives out (Linux: from 32768) or that Ray does (to 19999): one
+    that was free a moment ago may be theirs when a server comes to listen.
+    """
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with closing(socket.socket()) as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise OperatorError(f"port: all from {_PORTS[0]} to {_PORTS[-1]} are in use")
 
 
 @contextmanager

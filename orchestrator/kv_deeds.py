@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -13,12 +13,14 @@ from ..workers.generation import AT_SWITCH_BLOCKS, LEDGER_KEY, KVSource, kv_key
 from ..workers.pages.holds import PagesHeld
 from .cluster import Member, Pool
 from .core.facts import HandOver, ResizeKV
+from .core.layout import is_node_pool, node_of_pool
 from .core.leftovers import heirs_at_switch
 from .registry import Registry
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _HELD_PAUSE_S = 0.05  # before pages that somebody still maps are tried again
+_LOOK_S = 0.5  # while KV is handed over, its deadline may become another one
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +32,13 @@ class KVDeeds:
     registry : Registry
     heirs : dict
         Devices that have the KV of others now, which left.
+    granted : dict
+        Devices that leave, and the last generation for whose switch an heir was told where their KV is.
     """
 
     registry: Registry
     heirs: dict[str, str] = field(default_factory=dict)
+    granted: dict[str, int] = field(default_factory=dict)
 
     def inherits(self, worker: str) -> tuple[KVSource, ...]:
         """KV of devices that leave, which this worker takes over at the switch."""
@@ -43,6 +48,7 @@ class KVDeeds:
             known = self.registry.cluster.pools.get(pool)
             if heir == worker and known is not None and kv_key(device) in known.pages:
                 found.append(self._source(pool, known.pages[kv_key(device)]))
+                self.granted[device] = self.registry.record().id
         return tuple(found)
 
     def heir_of(self, worker: str) -> str:
@@ -51,8 +57,11 @@ class KVDeeds:
         serving, member = state.serving, self.registry.worker(worker)
         if serving is None or worker not in serving.workers or member.report.load.kv_blocks_used > AT_SWITCH_BLOCKS:
             return ""
-        heir = heirs_at_switch(state).get(serving.layout.devices[serving.rank_of(worker)])
-        return "" if heir is None else serving.layout.devices[serving.rank_of(heir)]
+        device = serving.layout.devices[serving.rank_of(worker)]
+        heir = heirs_at_switch(state).get(device)
+        if heir is None or self.granted.get(device) != self.registry.record().id:
+            return ""
+        return serving.layout.devices[serving.rank_of(heir)]
 
     async def resize(self, effect: ResizeKV) -> None:
         """Extent, mapping and block count agree afterwards, whatever was left half done before."""
@@ -92,6 +101,8 @@ class KVDeeds:
         moved_to = ""
         if heir is not None and pages:
             moved_to = await self._inherit(effect, heir, pages)
+        elif heir is not None and leaver is not None:
+            moved_to = await self._inherited(leaver, heir)
         if leaver is not None:
             await leaver.handle.release(moved_to)
         if effect.pool in self.registry.cluster.pools:
@@ -110,19 +121,52 @@ class KVDeeds:
         layout = self.registry.serving().layout
         blocks = layout.kv_blocks(layout.devices.index(device))
         source = self._source(effect.pool, pages)
-        until_s = self.registry.state().deadlines.get(effect.device)
-        left_s = None if until_s is None else max(0.0, until_s - self.registry.cluster.hands.now_s())
-        if self.registry.pool_of_device(device) == effect.pool:  # first, so that nobody else can inherit them too
+        near = self.registry.pool_of_device(device) == effect.pool
+        if near:  # first, so that nobody else can inherit them too; from now on it has them, or its successor
             await pool.handle.relabel(kv_key(effect.device), pages, kv_key(device))
+            self.heirs[effect.device] = device
         try:
-            await heir.handle.adopt_kv(source, blocks, left_s)
+            await self._adopted(effect.device, lambda left_s: heir.handle.adopt_kv(source, blocks, left_s))
         except Unreachable:
             raise
         except ConcertinaError as e:
             _log.warning("KV of %s is not handed over to %s: %s", effect.device, device, e)
-            return ""
+            return device if near else ""
         self.heirs[effect.device] = device
         return device
+
+    async def _inherited(self, leaver: Member, heir: Member) -> str:
+        """The device that a leaver's KV was given to before, by a hand-over that did not end; empty if none was."""
+        device = heir.report.device
+        name = self.registry.pool_of_device(device)
+        if not is_node_pool(name) or node_of_pool(name) != leaver.node:
+            return ""
+        pool, layout = self.registry.pool(name), self.registry.serving().layout
+        await pool.refresh()
+        source = self._source(name, pool.pages.get(kv_key(device), ()))
+        self.heirs[leaver.report.device] = device
+        try:
+            await heir.handle.adopt_kv(source, layout.kv_blocks(layout.devices.index(device)), None)
+        except Unreachable:
+            raise
+        except ConcertinaError as e:
+            _log.warning("KV of %s is mapped by nobody yet: %s", leaver.report.device, e)
+        return device
+
+    async def _adopted(self, device: str, adopt: Callable[[float | None], Awaitable[object]]) -> None:
+        """Have the KV of ``device`` adopted by its deadline; asked again if that changes meanwhile."""
+        hands, told = self.registry.cluster.hands, dict[float | None, asyncio.Future[object]]()
+        try:
+            while not any(call.done() for call in told.values()):
+                until_s = self.registry.state().deadlines.get(device)
+                if until_s not in told:
+                    left_s = None if until_s is None else max(0.0, until_s - hands.now_s())
+                    told[until_s] = asyncio.ensure_future(adopt(left_s))
+                await asyncio.wait(told.values(), timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+            await next(call for call in told.values() if call.done())
+        finally:
+            for call in told.values():
+                call.cancel()
 
 
 async def unheld(freeing: Awaitable[T]) -> T | None:

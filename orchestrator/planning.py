@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ..errors import OperatorError
 from ..planners.model import Loads, ModelSpec
@@ -62,6 +62,8 @@ class Context:
         Seconds; limits the planners.
     cordoned : frozenset of str
         Nodes that take no new devices.
+    leavers : mapping of str to str
+        Devices that are leaving already, and their nodes: their KV is being handed over.
     """
 
     config: DeploymentConfig
@@ -72,6 +74,7 @@ class Context:
     loads: Loads
     now: Clock
     cordoned: frozenset[str] = frozenset()
+    leavers: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -221,6 +224,7 @@ def first_layout(context: Context, seats: tuple[Seat, ...], placement: Placement
         reserved_experts=context.reserved_experts(seats),
         node_pages=address_pages(context.nodes, page_bytes),
         ledger_record_bytes=record_bytes(config.engine.block_tokens),
+        length_blocks=context.length_blocks,
         inventory=config.inventory,
     )
     check_nodes(layout, context.nodes)

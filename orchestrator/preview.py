@@ -5,7 +5,8 @@ Seconds are meant to be kept: rates are those of a slow disk and link, and proce
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from .room import held_experts
 _LOAD_BYTES_S = 0.5e9  # from a peer's pages or the checkpoint
 _SWITCH_S = 0.5  # agreeing on a generation and switching
 _START_S = 10.0  # of worker processes that are not standing by; they start together
+_NONE: Mapping[str, int] = {}
 Change = Literal["stays", "joins", "leaves"]
 
 
@@ -74,17 +76,19 @@ class Preview:
         return {**asdict(self), "moved_bytes": self.moved_bytes}
 
 
-def preview(current: Layout, target: Layout, route: Sequence[Layout] = (), standbys: int = 0) -> Preview:
+def preview(
+    current: Layout, target: Layout, route: Sequence[Layout] = (), standbys: Mapping[str, int] = _NONE
+) -> Preview:
     """What going from ``current`` to ``target`` takes, by way of ``route`` (which ends with it) if there is one.
 
-    ``standbys`` are workers that stand by and need not be started.
+    ``standbys`` are workers that stand by and need not be started, by node.
     """
     path = [current, *(route or (target,))]
     steps = [] if target == current else list(pairwise(path))
     pools = tuple(_pool(name, node, steps) for name, node in _all_pools(path).items())
-    joining = len(set(target.devices) - set(current.devices))
+    joining = Counter(seat.node for seat in target.seats if seat.device not in current.devices)
     busiest = max((pool.loaded_bytes for pool in pools), default=0)
-    started = _START_S if joining > standbys else 0.0
+    started = _START_S if any(n > standbys.get(node, 0) for node, n in joining.items()) else 0.0
     return Preview(
         len(current.seats),
         len(target.seats),

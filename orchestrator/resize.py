@@ -34,7 +34,7 @@ _MOST_PER_CORE = 16  # more could only be a slip, and planning for them would ta
 def resized(current: Layout, workers: int, context: Context) -> Layout:
     """The layout for so many workers that is near ``current``; ``current`` itself if it has as many.
 
-    None of them is on a cordoned node.
+    None of them is on a node that is cordoned or gone.
 
     Raises
     ------
@@ -43,7 +43,8 @@ def resized(current: Layout, workers: int, context: Context) -> Layout:
     """
     if workers < 1:
         raise OperatorError(f"workers: {workers}; expected at least 1")
-    staying = tuple(seat for seat in current.seats if seat.node not in context.cordoned)
+    usable = {node.id for node in context.nodes} - context.cordoned
+    staying = tuple(seat for seat in current.seats if seat.node in usable)
     if workers == len(current.seats) == len(staying):
         return current
     cpus = sum(node.cpus for node in context.nodes)
@@ -68,7 +69,7 @@ def drained(current: Layout, name: str, context: Context) -> Layout:
         Nothing has that name, nothing would be left, or what is left cannot hold the model.
     """
     leaving = named_devices(current, name, context)
-    if not leaving:
+    if not leaving & set(current.devices):  # it has left
         return current
     seats = tuple(seat for seat in current.seats if seat.device not in leaving)
     if not seats:
@@ -91,13 +92,21 @@ def rebalanced(current: Layout, context: Context) -> Layout:
     placement = _near(current, current.seats, context)
     if _holders(placement) == _holders(current.placement):
         return current
+    return placed(current, placement, context)
+
+
+def placed(current: Layout, placement: Placement, context: Context) -> Layout:
+    """Experts placed otherwise on the same devices; raises `OperatorError` where their memory does not hold that."""
     return _with_placement(current, current.seats, placement, context)
 
 
 def named_devices(current: Layout, name: str, context: Context) -> frozenset[str]:
-    """The devices that a device's or node's name stands for; raises as `named_node` does."""
+    """The devices that a device's or node's name stands for, leavers included; raises as `named_node` does."""
     node = named_node(current, name, context)
-    return frozenset(seat.device for seat in current.seats if seat.node == node) if node else frozenset({name})
+    if not node:
+        return frozenset({name})
+    leaving = (device for device, at in context.leavers.items() if at == node)
+    return frozenset((*(seat.device for seat in current.seats if seat.node == node), *leaving))
 
 
 def named_node(current: Layout, name: str, context: Context) -> str:
@@ -108,7 +117,7 @@ def named_node(current: Layout, name: str, context: Context) -> str:
     OperatorError
         None or several; lists what there is.
     """
-    if name in current.devices:
+    if name in current.devices or name in context.leavers:
         return ""
     hosts = {**dict.fromkeys(current.nodes, ""), **{node.id: node.host for node in context.nodes}}
     nodes = nodes_called(name, hosts)
@@ -126,7 +135,7 @@ def _added(staying: tuple[Seat, ...], workers: int, current: Layout, context: Co
 
 
 def _removed(seats: tuple[Seat, ...], workers: int, context: Context) -> tuple[Seat, ...]:
-    """Take seats from the most crowded node, those taken last first; a node that is gone is emptied before."""
+    """Take seats from the most crowded node, those taken last first."""
     cpus = {node.id: node.cpus for node in context.nodes}
     turn = context.config.inventory.turn
     left = list(seats)

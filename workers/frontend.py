@@ -22,6 +22,7 @@ from .protocol import EngineLoad, EngineOutput, EngineRequest, output_to_wire, r
 
 _log = logging.getLogger(__name__)
 _HELLO_BYTES = 4096  # a stranger may not make us read more
+_HANG_UP_S = 1.0  # for what was written to leave
 
 
 class EngineDoor(Protocol):
@@ -113,7 +114,11 @@ class Frontend:
         await self._ended.wait()
         server.close()
         for writer in self._conversations.values():
-            writer.close()  # its reader sees the end of the stream
+            writer.close()  # its reader sees the end of the stream, once all that was written has left
+        if self._conversations:
+            _, unread = await asyncio.wait(list(self._conversations), timeout=_HANG_UP_S)
+            for task in unread:
+                self._conversations[task].transport.abort()
         await asyncio.gather(*self._conversations, return_exceptions=True)  # asyncio has logged them
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -216,10 +221,10 @@ def _parse(message: Message) -> EngineRequest:
 
 
 async def _hang_up(writer: asyncio.StreamWriter) -> None:
-    """Close, giving what was written a second to leave."""
+    """Close, giving what was written a while to leave."""
     writer.close()
     try:
         with contextlib.suppress(OSError):
-            await asyncio.wait_for(writer.wait_closed(), 1.0)
+            await asyncio.wait_for(writer.wait_closed(), _HANG_UP_S)
     finally:
         writer.transport.abort()

@@ -52,6 +52,7 @@ class Worker:
         self._joining: dict[int, tuple[Assignment, Mapping[str, MemfdPool]]] = {}
         self._abandoned: set[int] = set()
         self._service: Service | None = None
+        self._adoptions: list[tuple[KVSource, float]] = []  # calls under way, and until when they copy
         self._lent: dict[str, PoolServer] = {}
         self._stopped = False
         self._serials = itertools.count(1)
@@ -174,7 +175,8 @@ class Worker:
         """Take over the KV of a device whose worker has left, then give up blocks down to ``blocks``.
 
         Blocks in use stay, even if that makes more. What has to be copied is left where it is after ``limit_s``, and
-        when the engine stops: nobody waits for it then, and who recovers from that waits for this.
+        when the engine stops: nobody waits for it then, and who recovers from that waits for this. A call for the same
+        source that is copying still gets the limit of the latest one.
 
         Returns
         -------
@@ -188,13 +190,21 @@ class Worker:
         """
         service, kv = self._serving()
         service.check()
-        until_s = inf if limit_s is None else time.monotonic() + limit_s
+        call = source, inf if limit_s is None else time.monotonic() + limit_s
 
         def go_on() -> bool:
+            with self._changed:
+                until_s = next(until_s for of, until_s in reversed(self._adoptions) if of == source)
             return isinstance(service.state, Running) and time.monotonic() < until_s
 
-        with self._adopting:
-            adopt(service.engine, kv, source, blocks, go_on)
+        with self._changed:
+            self._adoptions.append(call)
+        try:
+            with self._adopting:
+                adopt(service.engine, kv, source, blocks, go_on)
+        finally:
+            with self._changed:
+                self._adoptions.remove(call)
         return kv.pages
 
     def release(self, moved_to: str) -> None:

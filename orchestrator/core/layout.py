@@ -46,6 +46,8 @@ class Layout:
         Pages of every node's pool, at least; a pool never grows, and a page costs memory only once it is used.
     ledger_record_bytes : int
         See `OwnerConfig`.
+    length_blocks : int
+        KV blocks of one sequence of full length: no device has fewer, also while it goes from one layout to another.
     inventory : Inventory
         Devices that there may be.
     """
@@ -59,6 +61,7 @@ class Layout:
     reserved_experts: tuple[int, ...] = ()
     node_pages: int = 0
     ledger_record_bytes: int = 0
+    length_blocks: int = 0
     inventory: Inventory = ALIKE
 
     @property
@@ -106,6 +109,15 @@ class Layout:
         both = len({*self.experts_of(rank), *before})
         pages = [layout.device_pages(self.seats[rank]) for layout in (self, old)]
         return min(self.kv_blocks(rank), *(self.memory.kv_blocks(both, most) for most in pages))
+
+    def lacks_room_after(self, old: Layout) -> str:
+        """A device to which what both have there leaves less KV than it has now and one sequence needs; or empty."""
+        for device in self.devices:
+            if device in old.devices:
+                least = min(self.length_blocks, old.kv_blocks(old.devices.index(device)))
+                if self.kv_blocks_coming_from(old, device) < least:
+                    return device
+        return ""
 
     def _fits_beside_kv_of(self, old: Layout, pool: str) -> bool:
         """Whether what KV ``old`` has in a pool may stay until this layout serves: no more than one of them has."""

@@ -57,13 +57,16 @@ def _hand_overs(state: State, snapshot: Snapshot) -> Iterator[Effect]:
     assert state.serving is not None
     layout = state.serving.layout
     left: dict[str, str] = {}
+    nodes: dict[str, str] = {}
     for worker, fact in sorted(snapshot.workers.items()):
         if worker not in state.serving.workers and fact.retired and not fact.failed:
             left[fact.device] = ""
+            nodes[fact.device] = fact.node
     for pool, pool_fact in sorted(snapshot.pools.items()):
         for key in sorted(pool_fact.pages):
             if key.startswith(_KV) and key.removeprefix(_KV) not in layout.devices:
                 left[key.removeprefix(_KV)] = pool
+                nodes[key.removeprefix(_KV)] = pool_fact.node
     unseen = any(missing_pools(state.serving, snapshot))  # where there may be more KV
     running = {f.device for f in snapshot.workers.values() if f.serving and not f.failed}
     under_way = {e.device for e in snapshot.busy if isinstance(e, HandOver)}
@@ -72,7 +75,7 @@ def _hand_overs(state: State, snapshot: Snapshot) -> Iterator[Effect]:
             continue  # it has not left yet, or what is left of it is on its way
         if not pool and unseen:
             continue
-        yield HandOver(device, pool, _heir(state.serving, device, snapshot.pools[pool].node if pool else ""))
+        yield HandOver(device, pool, _heir(state.serving, device, nodes[device]))
 
 
 def _heir(serving: Record, device: str, node: str) -> str:
@@ -121,11 +124,14 @@ def resizes(state: State, snapshot: Snapshot) -> Iterator[Effect]:
 
 
 def yields(state: State, snapshot: Snapshot) -> Iterator[Effect]:
-    """KV that must be given up before experts come."""
-    for kv in kv_sizes(state, snapshot) if state.serving is not None else ():
+    """KV that must be given up before experts come; on a shared memory where the same layout comes again, none do."""
+    serving, pending = state.serving, state.pending
+    again = serving is not None and pending is not None and pending.record.layout == serving.layout
+    whole = again and serving is not None and serving.layout.memory_mode == "shared"
+    for kv in kv_sizes(state, snapshot) if serving is not None else ():
         fact = usable(snapshot, kv.worker)
         if fact is None or fact.device != kv.device:  # one that was started anew maps nothing of it
-            if kv.pages > kv.target_pages:
+            if kv.pages > kv.target_pages and not whole:
                 yield Free(kv.pool, (kv_key(kv.device),))  # nobody is left to choose what to keep
         elif fact.kv_blocks > kv.target or kv.pages > kv.target_pages:
             yield ResizeKV(kv.worker, kv.target)

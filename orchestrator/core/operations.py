@@ -18,11 +18,13 @@ def request(
     route: tuple[Layout, ...],
     now_s: float,
     leaving: Leaving | None = None,
+    subject: str = "",
 ) -> State:
     """Ask for a layout.
 
-    If the operation under way goes there, it is that one. Otherwise it is superseded: before commit its generation is
-    withdrawn; after that, the new one follows it. Being there already is a new operation that is done at once.
+    If the operation under way goes there, or has the same kind and ``subject`` (see `Operation`), it is that one.
+    Otherwise it is superseded: before commit its generation is withdrawn; after that, the new one follows it. Being
+    there already is a new operation that is done at once.
     """
     cordons = ""
     if leaving is not None:
@@ -30,12 +32,14 @@ def request(
         deadlines, cordoned = {**state.deadlines, **leaving.deadlines}, state.cordoned | ({cordons} - {""})
         state = replace(state, deadlines=deadlines, cordoned=cordoned)
     current = state.operation
-    if current is not None and current.goal == route[-1]:
+    again = subject and current is not None and (current.kind, current.subject) == (kind, subject)
+    if current is not None and (again or current.goal == route[-1]):
         return state
     if current is not None:
         state = _drop(state, "superseded", f"by {kind} {text}", now_s)
-    operation = Operation(f"op-{state.next_operation}", kind, text, route, now_s, cordons=cordons)
-    if state.pending is None and state.serving is not None and state.serving.layout == route[-1]:
+    operation = Operation(f"op-{state.next_operation}", kind, text, route, now_s, cordons=cordons, subject=subject)
+    at_rest = state.pending is None and not state.broken
+    if at_rest and state.serving is not None and state.serving.layout == route[-1]:
         operation = replace(operation, outcome="done", reason="nothing to do", committed_s=now_s, ended_s=now_s)
     operations = (*state.operations, operation)[-_KEPT:]
     attempts = state.attempts if state.broken else 0  # those that recover what serves go on
@@ -57,8 +61,11 @@ def cancel(state: State, operation_id: str, now_s: float) -> State:
             known = ", ".join(o.id for o in state.operations[-5:]) or "none"
             raise OperatorError(f"operation: {operation_id!r} is unknown; the latest are: {known}")
         raise OperatorError(f"operation: {operation_id} has ended already ({found.outcome})")
-    on_the_way = state.serving is not None and state.serving.layout in current.route
-    if current.committed_s or on_the_way or (state.pending is not None and state.pending.stage is Stage.COMMIT):
+    begun = state.serving is not None and state.serving.layout in current.route
+    pending = state.pending
+    if pending is not None and pending.stage is Stage.COMMIT:  # not of a recovery, or of the operation before
+        begun = begun or (not pending.recovery and pending.record.layout in current.route)
+    if current.committed_s or begun:
         raise OperatorError(f"operation: {operation_id} is being committed; ask for another size instead")
     state = replace(state, cordoned=state.cordoned - {current.cordons})
     return _drop(state, "canceled", "as asked", now_s)
@@ -87,17 +94,19 @@ def committed(state: State, now_s: float) -> State:
     return replace(state, operations=(*state.operations[:-1], replace(operation, committed_s=now_s)))
 
 
+def ahead(state: State) -> tuple[Layout, ...]:
+    """Where the operation under way has still to go, in turn; empty if there is none, or its goal serves."""
+    operation, serving = state.operation, state.serving
+    if operation is None or (serving is not None and serving.layout == operation.goal):
+        return ()
+    if serving is None or serving.layout not in operation.route:
+        return operation.route
+    return operation.route[operation.route.index(serving.layout) + 1 :]
+
+
 def next_layout(state: State) -> Layout | None:
     """Where the operation under way goes next; None if there is none, or its goal serves."""
-    operation, serving = state.operation, state.serving
-    if operation is None:
-        return None
-    if serving is None:
-        return operation.route[0]
-    if serving.layout == operation.goal:
-        return None
-    at = operation.route.index(serving.layout) + 1 if serving.layout in operation.route else 0
-    return operation.route[at]
+    return next(iter(ahead(state)), None)
 
 
 def _drop(state: State, outcome: Outcome, reason: str, now_s: float) -> State:

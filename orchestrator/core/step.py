@@ -28,7 +28,7 @@ from .facts import (
 from .health import broken, filled, missing, missing_pools, usable
 from .layout import Layout
 from .leftovers import leftovers, resizes, standbys, strays, yields
-from .operations import committed, end, next_layout
+from .operations import ahead, committed, end, next_layout
 from .state import Pending, Record, Stage, State
 from .survive import survive
 
@@ -142,6 +142,9 @@ def _begin(state: State, snapshot: Snapshot) -> State:
         or (state.serving is not None and not _is_clear(state, snapshot))
     ):
         return state
+    if state.serving is not None and (tight := layout.lacks_room_after(state.serving.layout)):
+        reason = f"{tight} lacks memory to go there from what serves now, which it was not planned for; ask again"
+        return end(state, "failed", reason, snapshot.now_s)
     return _open(state, layout, snapshot, recovery=False)
 
 
@@ -160,11 +163,11 @@ def _recover(state: State, snapshot: Snapshot, reason: str) -> State:
 
 
 def _without_dead_nodes(state: State, snapshot: Snapshot) -> State:
-    """An operation that counts on a node that is gone has failed."""
+    """An operation that counts on a node that is gone has failed; on one that it has left it does not count."""
     operation = state.operation
     if operation is None:
         return state
-    gone = sorted({node for layout in operation.route for node in layout.nodes} - snapshot.nodes)
+    gone = sorted({node for layout in (*ahead(state), operation.goal) for node in layout.nodes} - snapshot.nodes)
     return end(state, "failed", f"node {gone[0]} is gone", snapshot.now_s) if gone else state
 
 

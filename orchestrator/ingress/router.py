@@ -131,7 +131,7 @@ class Router:
         async with aclosing(lane.submit(request)) as outputs:
             async for output in outputs:
                 if output.token_ids:
-                    way.avoid.discard(lane.member.name)
+                    way.avoid.clear()  # whoever was full then may be the one that has its KV now
                 if output.finish_reason == "moved":
                     self._move(lane.member.device, way, output.moved_to)
                 if noted := way.state.note(output):

@@ -391,6 +391,27 @@ def test_who_says_nothing_or_reads_nothing_is_hung_up_on() -> None:
         run(main())
 
 
+def test_closing_does_not_wait_for_who_does_not_read() -> None:
+    """A worker is released when its frontend is closed, and a hand-over, even a recovery, waits for that."""
+
+    async def main() -> None:
+        _, deaf = await asyncio.open_connection("127.0.0.1", worker.frontend.port)
+        deaf.transport.pause_reading()  # type: ignore[attr-defined]
+        deaf.write(HELLO)
+        bad = frames.pack({"op": "submit", "request": {**SUBMIT["request"], "prompt": ["x" * 60000]}})  # type: ignore[dict-item]
+        unsent = 0
+        while not unsent:  # each refusal quotes the token back
+            deaf.write(bad)
+            await deaf.drain()
+            writers = worker.frontend._conversations.values()
+            unsent = sum(writer.transport.get_write_buffer_size() for writer in writers)
+        await asyncio.wait_for(asyncio.to_thread(worker.frontend.close), 20)
+        deaf.transport.abort()
+
+    with serving() as worker:
+        run(main())
+
+
 def test_an_address_in_use_is_an_operators_error() -> None:
     with serving() as worker, pytest.raises(OperatorError, match="cannot listen at"):
         Frontend(worker.engine, "127.0.0.1", worker.frontend.port, TOKEN)

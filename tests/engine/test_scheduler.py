@@ -221,6 +221,14 @@ def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
     assert a.cached_tokens == 0, "the prompt was not cached when the request came"
 
 
+def test_a_prompt_preempted_between_its_chunks_goes_on_where_it_was() -> None:
+    s = scheduler(9, caching=True, max_batched_tokens=4)
+    s.add(sequence("a", list(range(10)), 3))
+    assert [advance(s), advance(s)] == [[("a", 0, 4)], [("a", 4, 4)]]
+    s.preempt_until(9)
+    assert advance(s) == [("a", 8, 2)]
+
+
 def test_refusals_name_the_limit() -> None:
     s = scheduler(3, max_model_len=10, max_running=1, max_waiting=1)
     with pytest.raises(NeverFits, match="8 prompt tokens and max_tokens 3 exceed the context of 10"):

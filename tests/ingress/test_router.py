@@ -385,6 +385,26 @@ def test_full_queues() -> None:
     run(main())
 
 
+def test_who_was_full_once_may_be_the_heir() -> None:
+    """It has the sequence's KV; a third worker, free as it is, has not."""
+
+    async def main() -> None:
+        heir = ToyWorker("heir", device="d0", refuse=QueueFull("full"))
+        leaver, third = ToyWorker("leaver", device="d1"), ToyWorker("third", device="d2")
+        router = await routed([heir, leaver, third])
+        stream = router.stream(ask())
+        got = [await anext(stream)]
+        assert [len(w.requests) for w in (heir, leaver, third)] == [1, 1, 0]
+        heir.refuse = None
+        leaver.hand_over("d0")
+        got += [output async for output in stream]
+        assert tokens_of(got) == reference(ask())
+        assert [len(w.requests) for w in (heir, leaver, third)] == [2, 1, 0]
+        await router.close()
+
+    run(main())
+
+
 def test_an_interrupted_sequence_waits_for_room() -> None:
     async def main() -> None:
         dying, full = ToyWorker("dying", die_after=3), ToyWorker("full", refuse=QueueFull("full"))

@@ -87,6 +87,8 @@ class FakeOwner:
     async def relabel(self, key: str, pages: Sequence[int], to_key: str) -> None:
         self.extents[to_key] = (*self.extents.get(to_key, ()), *pages)
         self.extents[key] = tuple(page for page in self.extents[key] if page not in pages)
+        if not self.extents[key]:
+            del self.extents[key]
 
     async def config(self) -> OwnerConfig:
         self._alive()

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from concertina.errors import OperatorError
 from concertina.orchestrator.balancer import Balancer
-from concertina.orchestrator.core.layout import Layout, Seat
+from concertina.orchestrator.core.layout import Seat
 from concertina.orchestrator.loads import LoadWindow, write_loads
 from concertina.orchestrator.placing import Site, better_placement, even_loads, first_placement
 from concertina.orchestrator.planfiles import read_loads
-from concertina.orchestrator.sizing import MemoryPlan
 from concertina.planners.model import Loads, ModelSpec
 from concertina.workers.engine.stats import EngineStats
 from concertina.workers.roles import WorkerReport
@@ -34,11 +33,6 @@ class Clock:
 def report(name: str, counts: np.ndarray, steps: int, serving: int = 1) -> WorkerReport:
     pairs = tuple(tuple(int(n) for n in row) for row in counts)
     return WorkerReport(name, 1, frozenset(), serving, "", stats=EngineStats(steps=steps), counts_LE=pairs)
-
-
-def layout(site: Site) -> Layout:
-    memory = MemoryPlan(65536, 2, 1, 1, 1000)
-    return Layout(SEATS, first_placement(site, even_loads(MODEL), Clock()), memory, "shared", "shared", 1)
 
 
 @given(st.lists(st.tuples(st.floats(0, 1000), st.integers(0, 500)), max_size=20))
@@ -66,7 +60,7 @@ def test_loads_are_read_back_as_they_were_measured(tmp_path):
 
 def test_differences_are_counted_once_and_a_new_generation_from_zero():
     clock = Clock()
-    balancer = Balancer(Site(SEATS, MODEL), 60.0, None, clock)
+    balancer = Balancer(MODEL, 60.0, None, clock)
     ones = np.ones((2, 8))
     balancer.observe({})
     balancer.observe({"w0": report("w0", ones * 10, 100), "w1": report("w1", ones * 20, 100)})
@@ -78,7 +72,7 @@ def test_differences_are_counted_once_and_a_new_generation_from_zero():
 
 
 def test_what_was_counted_before_a_restart_of_the_controller_is_left_out():
-    balancer = Balancer(Site(SEATS, MODEL), 60.0, None, Clock())
+    balancer = Balancer(MODEL, 60.0, None, Clock())
     ones = np.ones((2, 8))
     balancer.observe({"w0": report("w0", ones * 1e12, 10**9)})
     assert balancer.window.pairs_LE.sum() == balancer.window.steps == 0
@@ -88,13 +82,13 @@ def test_what_was_counted_before_a_restart_of_the_controller_is_left_out():
 
 def test_it_plans_only_when_it_is_time_and_enough_was_seen():
     clock = Clock()
-    balancer = Balancer(Site(SEATS, MODEL), 60.0, None, clock)
+    balancer = Balancer(MODEL, 60.0, None, clock)
     balancer.observe({"w0": report("w0", np.ones((2, 8)), 1)})
     clock.now_s = 61.0
     assert not balancer.due, "a handful of tokens says nothing"
     balancer.observe({"w0": report("w0", np.ones((2, 8)) * 1000, 10)})
     assert balancer.due
-    never = Balancer(Site(SEATS, MODEL), 0.0, None, clock)
+    never = Balancer(MODEL, 0.0, None, clock)
     never.observe({})
     never.observe({"w0": report("w0", np.ones((2, 8)) * 1000, 10)})
     clock.now_s = 1e6
@@ -104,20 +98,20 @@ def test_it_plans_only_when_it_is_time_and_enough_was_seen():
 def test_skewed_loads_move_experts_and_even_ones_do_not(tmp_path):
     """C5, and the plan is kept in the file."""
     clock, site = Clock(), Site(SEATS, MODEL, spare_slots=4)
-    here = layout(site)
-    on_first = [e for e in range(8) if here.placement.replicas_LE[0][e][0].device == 0]
+    here = first_placement(site, even_loads(MODEL), Clock())
+    on_first = [e for e in range(8) if here.replicas_LE[0][e][0].device == 0]
     skewed = np.ones((2, 8))
     skewed[:, on_first] = 400
     loads_file = str(tmp_path / "loads.json")
-    balancer = Balancer(site, 60.0, loads_file, clock)
+    balancer = Balancer(MODEL, 60.0, loads_file, clock)
     balancer.observe({"w0": report("w0", np.zeros((2, 8)), 0)})
     balancer.observe({"w0": report("w0", skewed * 100, 100)})
-    moved = balancer.plan(here)
+    moved = balancer.plan(site, here)
     assert moved is not None
-    assert moved.seats == here.seats
+    assert moved.devices == here.devices
     assert "migrate" in balancer.reason
     assert (tmp_path / "loads.json").exists()
-    assert balancer.plan(moved) is None, "a second plan for the same loads must stay"
+    assert balancer.plan(site, moved) is None, "a second plan for the same loads must stay"
     assert balancer.reason.startswith("stay")
 
 

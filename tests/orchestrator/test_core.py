@@ -23,8 +23,9 @@ from concertina.orchestrator.core.inventory import Entry, Inventory, Kind
 from concertina.orchestrator.core.layout import Layout, Seat
 from concertina.orchestrator.core.leftovers import yields
 from concertina.orchestrator.core.operations import request
-from concertina.orchestrator.core.state import Pending, Record, Stage, State
+from concertina.orchestrator.core.state import Operation, Pending, Record, Stage, State
 from concertina.orchestrator.core.step import step
+from concertina.planners.placement import Placement
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -203,6 +204,48 @@ def test_no_standby_starts_while_an_operation_is_under_way():
     assert not any(isinstance(e, StartWorker | StartOwner) for e in begun.effects)
 
 
+def _mirrored(layout: Layout) -> Layout:
+    """The same with the devices' experts exchanged."""
+    replicas = tuple(
+        tuple(tuple(replace(r, device=1 - r.device) for r in experts) for experts in layer)
+        for layer in layout.placement.replicas_LE
+    )
+    return replace(layout, placement=Placement(layout.devices, replicas))
+
+
+@pytest.mark.parametrize("mode", ["shared", "separate"])
+def test_an_operation_planned_from_elsewhere_takes_no_memory_that_sequences_need(mode):
+    """A node may be lost behind its planning; then what serves holds other experts than it was planned from."""
+    state, snapshot = _at_rest(mode, 0)
+    assert state.serving is not None
+    needed = state.serving.layout.kv_blocks(0)
+    here = replace(state.serving.layout, length_blocks=needed, node_pages=100)
+    state = replace(state, serving=replace(state.serving, layout=here))
+    decided = step(request(state, "scale", "", (_mirrored(here),), 0.0), snapshot).state
+    ended = decided.operations[-1]
+    if mode == "shared":
+        assert decided.pending is not None
+    else:
+        assert (decided.pending, ended.outcome) == (None, "failed")
+        assert ended.reason.startswith("cpu-0 lacks memory to go there from what serves now")
+    roomy = replace(state, serving=replace(state.serving, layout=replace(here, length_blocks=1)))
+    goal = replace(_mirrored(here), length_blocks=1)
+    assert step(request(roomy, "scale", "", (goal,), 0.0), snapshot).state.pending is not None
+
+
+def test_a_node_that_an_operation_has_left_may_go():
+    state, snapshot = _at_rest("shared", 0)
+    assert state.serving is not None
+    goal = state.serving.layout
+    both = make_layout([*TWO, ("cpu-2", "b")], "gloo")
+    operation = Operation("op-1", "drain", "b", (both, goal), 0.0, committed_s=1.0)
+    ended = step(replace(state, operations=(operation,)), snapshot).state.operations[-1]
+    assert (ended.outcome, ended.reason) == ("done", "")
+    back = replace(operation, route=(goal, both), committed_s=0.0)
+    ended = step(replace(state, operations=(back,)), snapshot).state.operations[-1]
+    assert (ended.outcome, ended.reason) == ("failed", "node b is gone")
+
+
 def test_shared_memory_holds_an_expert_once():
     layout = make_layout(TWO)
     (requests,) = layout.extents(1).values()
@@ -276,6 +319,21 @@ def test_kv_of_a_dead_member_yields_though_another_process_has_its_name(again):
     others = {name: fact for name, fact in snapshot.workers.items() if name != "worker-0"}
     snapshot = replace(snapshot, workers={**others, **again})
     assert list(yields(state, snapshot)) == [Free("device/a/cpu-0", ("kv/cpu-0",))]
+
+
+def test_kv_of_a_dead_member_stays_whole_where_the_same_layout_comes_again():
+    """It may be more than it shall have: what a leaver left to it, or what has not been trimmed yet."""
+    state, snapshot = _at_rest("shared", 0)
+    pool = snapshot.pools["node/a"]
+    more = replace(pool, pages={**pool.pages, "kv/cpu-0": (*pool.pages["kv/cpu-0"], 0, 0)})
+    workers = {"worker-1": snapshot.workers["worker-1"]}
+    snapshot = replace(snapshot, pools={"node/a": more}, workers=workers)
+    again = Record(2, state.serving.layout, ("worker-2", "worker-1"))
+    recovering = replace(state, pending=Pending(again, Stage.YIELD, recovery=True))
+    assert list(yields(recovering, snapshot)) == []
+    other = replace(again, layout=replace(again.layout, exchange_pages=2))
+    elsewhere = replace(state, pending=Pending(other, Stage.YIELD, recovery=True))
+    assert list(yields(elsewhere, snapshot)) == [Free("node/a", ("kv/cpu-0",))]
 
 
 def _switching(joiner: WorkerFact) -> tuple[State, Snapshot]:

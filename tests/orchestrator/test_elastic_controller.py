@@ -7,18 +7,28 @@ import pickle
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from itertools import count
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import pytest
 from concertina.errors import InternalError, OperatorError
+from concertina.orchestrator import controller as module
 from concertina.orchestrator.balancer import Balancer
 from concertina.orchestrator.config import DeploymentConfig
 from concertina.orchestrator.controller import Controller
 from concertina.orchestrator.core.layout import Layout
 from concertina.orchestrator.hands import NodeInfo
+from concertina.orchestrator.kv_deeds import KVDeeds
+from concertina.orchestrator.placing import Site
+from concertina.orchestrator.planning import Context
 from concertina.orchestrator.preview import Preview
+from concertina.orchestrator.resize import resized
 from concertina.orchestrator.status import OperationStatus
+from concertina.planners.cluster import Device
+from concertina.planners.placement import Placement
 from concertina.workers.generation import AT_SWITCH_BLOCKS
 from concertina.workers.protocol import EngineLoad
 
@@ -96,6 +106,27 @@ def test_the_same_target_is_the_same_operation_and_being_there_is_done(checkpoin
             await done(controller, token, first)
             there = await controller.scale(token, 2)
             assert (there.state, there.reason) == ("done", "nothing to do")
+
+    asyncio.run(go())
+
+
+def test_two_that_ask_at_once_ask_for_the_same(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though each plan is another one, as under traffic."""
+    turn = count()
+
+    def planned(current: Layout, workers: int, context: Context) -> Layout:
+        return replace(resized(current, workers, context), reserved_experts=(next(turn),) * workers)
+
+    monkeypatch.setattr(module, "resized", planned)
+
+    async def go() -> None:
+        async with controlled(checkpoint, 1) as (controller, hands, token):
+            hands.faults.held.add("prepare")
+            first, second = await asyncio.gather(controller.scale(token, 3), controller.scale(token, 3))
+            assert next(turn) == 2, "both were planned"
+            assert first.id == second.id
+            hands.faults.held.clear()
+            assert (await done(controller, token, first)).state == "done"
 
     asyncio.run(go())
 
@@ -242,7 +273,7 @@ def test_a_kill_does_not_wait_for_planning(checkpoint: Path, monkeypatch: pytest
     """Planning for the measured loads takes seconds; whoever dies meanwhile is replaced at once."""
     planning, end = threading.Event(), threading.Event()
 
-    def plan(self: Balancer, layout: Layout) -> None:
+    def plan(self: Balancer, site: Site, current: Placement) -> None:
         planning.set()
         end.wait(LIMIT_S)
 
@@ -353,6 +384,64 @@ def test_a_drained_device_goes_and_its_kv_has_an_heir(checkpoint: Path) -> None:
     asyncio.run(go())
 
 
+@pytest.mark.parametrize("name", ["cpu-1", "there", "10.0.0.2"])
+def test_a_drain_asked_for_again_is_the_same_and_may_bring_a_deadline(checkpoint: Path, name: str) -> None:
+    """Also while KV is being copied: a notice that the node goes may come then."""
+
+    async def go() -> None:
+        nodes = () if name == "cpu-1" else (HERE, THERE)
+        async with controlled(checkpoint, 2, *nodes, memory_mode="separate") as (controller, hands, token):
+            hands.faults.held.add("adopt_kv")
+            before = await controller.drain(token, name)
+            await until(lambda: "adopt_kv" in hands.faults.calls)
+            assert await devices(controller) == ["cpu-0"]
+            assert (await controller.drain(token, name)).id == before.id
+            assert hands.workers[0].limits_s == [None]
+            assert (await controller.drain(token, name, 0.2)).id == before.id
+            assert (await done(controller, token, before)).state == "done"
+            unlimited, limit_s = hands.workers[0].limits_s
+            assert unlimited is None
+            assert limit_s is not None
+            assert limit_s <= 0.2
+
+    asyncio.run(go())
+
+
+def test_a_deadline_is_also_for_what_leaves_already(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 3, memory_mode="separate") as (controller, hands, token):
+            hands.faults.held.add("adopt_kv")
+            shrinking = await controller.scale(token, 2)
+            await until(lambda: "adopt_kv" in hands.faults.calls)
+            assert (await controller.drain(token, "cpu-2", 0.1)).id == shrinking.id
+            assert (await done(controller, token, shrinking)).state == "done"
+            with pytest.raises(OperatorError, match="no device or node is called 'cpu-2'"):
+                await controller.drain(token, "cpu-2", 0.1)
+
+    asyncio.run(go())
+
+
+def test_as_many_workers_as_there_were_before_a_node_was_lost(checkpoint: Path) -> None:
+    """Asked for before the loss was noticed, or while it is being recovered from."""
+
+    async def go() -> None:
+        for noticed in (False, True):
+            async with controlled(checkpoint, 2, HERE, THERE) as (controller, hands, token):
+                hands.faults.held.add("prepare")
+                hands.alive = [HERE]
+                hands.owners[1].dead = hands.workers[1].dead = True
+                hands.workers[0].parked = "PeerLost"
+                if noticed:
+                    await until(lambda: controller._state.broken)
+                asked = await controller.scale(token, 2)
+                hands.faults.held.clear()
+                assert (await done(controller, token, asked)).state == "done"
+                assert {worker.node for worker in (await controller.status()).workers} == {"here"}
+                assert len(await devices(controller)) == 2
+
+    asyncio.run(go())
+
+
 def test_leavers_and_their_heirs_know_each_other_before_the_switch(checkpoint: Path) -> None:
     async def go() -> None:
         async with controlled(checkpoint, 4, memory_mode="separate") as (controller, hands, token):
@@ -386,13 +475,49 @@ def test_who_has_too_much_hands_it_over_behind_the_switch(checkpoint: Path) -> N
     asyncio.run(go())
 
 
-def test_kv_that_cannot_be_handed_over_is_let_go(checkpoint: Path) -> None:
+@pytest.mark.parametrize(("mode", "released_to"), [("shared", "cpu-0"), ("separate", "")])
+def test_kv_that_cannot_be_handed_over_is_let_go(checkpoint: Path, mode: str, released_to: str) -> None:
+    """Where memory is shared its pages are the heir's all the same, and whoever takes its place has them."""
+
     async def go() -> None:
-        async with controlled(checkpoint, 2) as (controller, hands, token):
+        async with controlled(checkpoint, 2, memory_mode=mode) as (controller, hands, token):
             hands.faults.errors["adopt_kv"] = InternalError("no answer")
             ended = await done(controller, token, await controller.drain(token, "cpu-1", 5.0))
             assert ended.state == "done"
-            assert hands.workers[1].released_to == ""
+            assert hands.workers[1].released_to == released_to
+
+    asyncio.run(go())
+
+
+def test_a_hand_over_that_is_begun_again_has_the_same_heir(checkpoint: Path) -> None:
+    """The controller was killed in it, when pages were the heir's already and it had not mapped them."""
+
+    async def go() -> None:
+        async with controlled(checkpoint, 3) as (first, hands, token):
+            hands.faults.held.add("adopt_kv")
+            operation = await first.drain(token, "cpu-1")
+            await until(lambda: "adopt_kv" in hands.faults.calls)
+            heir = next(worker for worker in hands.workers if worker.limits_s)
+            second = await restarted(first, hands)
+            await until(lambda: len(heir.limits_s) == 2)
+            hands.faults.held.clear()
+            assert (await done(second, token, operation)).state == "done"
+            assert hands.workers[1].released_to == heir.device
+            await second.stop()
+
+    asyncio.run(go())
+
+
+def test_who_cannot_be_told_where_kv_is_does_not_take_sequences_over_at_the_switch(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner may be dead just then; a successor has it when KV is handed over."""
+    monkeypatch.setattr(KVDeeds, "inherits", lambda self, worker: ())
+
+    async def go() -> None:
+        async with controlled(checkpoint, 2, memory_mode="separate") as (controller, hands, token):
+            assert (await done(controller, token, await controller.scale(token, 1))).state == "done"
+            assert (hands.workers[1].left_to, hands.workers[1].released_to) == ("", "cpu-0")
 
     asyncio.run(go())
 
@@ -434,6 +559,32 @@ def test_a_restarted_controller_knows_the_deadline(checkpoint: Path) -> None:
             before, after = hands.workers[0].limits_s
             assert 0.0 < after < before <= 2.0
             await second.stop()
+
+    asyncio.run(go())
+
+
+def test_plans_for_measured_loads_know_every_devices_memory(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a placement that it does not hold changes nothing."""
+    kind = {"memory_bytes": 16 << 20, "flops": 1e10, "bandwidth_bytes_s": 1e10}
+    fleet = tuple(Device(f"d{i}", "slow", **kind) for i in range(2))
+    sites: list[Site] = []
+
+    def plan(self: Balancer, site: Site, current: Placement) -> Placement:
+        sites.append(site)
+        return current
+
+    def refused(current: Layout, placement: Placement, context: Context) -> Layout:
+        raise OperatorError("device-memory: too small")
+
+    monkeypatch.setattr(Balancer, "due", property(lambda self: len(sites) < 2))
+    monkeypatch.setattr(Balancer, "plan", plan)
+    monkeypatch.setattr(module, "placed", refused)
+
+    async def go() -> None:
+        async with controlled(checkpoint, 2, fleet=fleet, memory_mode="separate") as (controller, _, _):
+            await until(lambda: len(sites) == 2)
+            assert all(site.room < inf for site in sites)
+            assert [o.text for o in controller._state.operations] == ["2 workers"]
 
     asyncio.run(go())
 

@@ -117,9 +117,13 @@ def test_help_imports_neither_torch_nor_ray() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def test_the_demo_finds_a_port_that_nobody_has() -> None:
+def test_the_demo_finds_a_port_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", demo.free_port())) as taken:
-        assert taken.getsockname()[1] > 0
+        port = taken.getsockname()[1]
+        assert 20_000 <= port < 32_000, "others are given to Ray's processes"
+        monkeypatch.setattr(demo, "_PORTS", range(port, port + 1))
+        with pytest.raises(OperatorError, match=f"port: all from {port} to {port} are in use"):
+            demo.free_port()
 
 
 def test_the_demo_ends_with_a_failed_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from concertina.errors import OperatorError
+from concertina.orchestrator.balancer import Balancer
 from concertina.orchestrator.config import DeploymentConfig
 from concertina.orchestrator.core.layout import Layout
 from concertina.orchestrator.core.survive import survive
@@ -16,8 +17,10 @@ from concertina.orchestrator.hands import NodeInfo
 from concertina.orchestrator.placing import Site
 from concertina.orchestrator.planfiles import read_cluster
 from concertina.orchestrator.preview import preview
-from concertina.orchestrator.resize import drained, resized, route
+from concertina.orchestrator.resize import drained, placed, resized, route
 from concertina.planners.cluster import Device
+from concertina.workers.engine.stats import EngineStats
+from concertina.workers.roles import WorkerReport
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -100,6 +103,32 @@ def test_any_fleet_goes_from_any_count_to_any_other(fleet: list[Any], sizes: lis
                 seats = {s.device: s for layout in (current, *way) for s in layout.seats}
                 assert pool.peak_pages <= target.device_pages(seats[pool.pool.rpartition("/")[2]])
         current = target
+
+
+@pytest.mark.parametrize(("experts", "moves"), [(6, True), (9, False), (11, False)])
+def test_measured_loads_ask_no_device_for_more_than_its_memory(experts: int, moves: bool) -> None:
+    """By its speed the fast one would take 8 of 9 hot experts, and has no room for more than 6."""
+    fleet = (fast("big", memory_bytes=2 * MIB), slow("small"))
+    planned_for = context(fleet=fleet, memory_mode="separate", experts=experts)
+    current = layout_of(planned_for, 2)
+    balancer = Balancer(planned_for.spec, 60.0, None, lambda: 0.0)
+    hot = [[3000 if e in held_experts(current, "small") else 1000 for e in range(experts)]] * 2
+    for steps in (0, 100):
+        counts = tuple(tuple(steps * n for n in layer) for layer in hot)
+        told = WorkerReport("w", 1, frozenset(), 1, "", stats=EngineStats(steps=steps), counts_LE=counts)
+        balancer.observe({"w": told})
+    better = balancer.plan(planned_for.site(current.seats), current.placement)
+    assert (better is not None) == moves, balancer.reason
+    if better is not None:
+        target = placed(current, better, planned_for)
+        check_layout(target, planned_for)
+        for old, new in pairwise((current, *route(current, target, planned_for))):
+            assert new.lacks_room_after(old) == ""
+
+
+def held_experts(layout: Layout, device: str) -> set[int]:
+    """Of the first layer."""
+    return {expert for layer, expert in layout.experts_of(layout.devices.index(device)) if layer == 0}
 
 
 def test_devices_are_taken_in_order_and_given_up_from_the_end() -> None:

@@ -50,6 +50,24 @@ def test_the_same_request_is_the_same_operation(schedule: Schedule) -> None:
     assert request(once, "scale", "again", schedule.layouts[9:10], 9.0) is once
 
 
+def test_a_request_for_the_same_is_the_same_operation_wherever_it_would_lead(schedule: Schedule) -> None:
+    state, now_s, (one, other) = schedule.state, schedule.world.now_s, schedule.layouts[9:11]
+    drained = request(state, "drain", "a", (one,), now_s, subject="cpu-1")
+    again = request(drained, "drain", "b", (other,), now_s, Leaving({"cpu-1": 60.0}), "cpu-1")
+    assert again == replace(drained, deadlines={"cpu-1": 60.0})
+    for kind, subject in (("drain", "cpu-2"), ("drain", ""), ("scale", "cpu-1")):
+        another = request(drained, kind, "c", (other,), now_s, subject=subject)  # type: ignore[arg-type]
+        assert [o.outcome for o in another.operations[1:]] == ["superseded", "running"]
+
+
+def test_what_is_broken_is_not_there_already(schedule: Schedule) -> None:
+    asked = request(replace(schedule.state, broken=True), "scale", "", schedule.layouts[:1], 0.0)
+    assert asked.operations[-1].outcome == "running"
+    schedule.state = asked
+    schedule.settle()
+    assert last(schedule) == ("done", "")
+
+
 def test_deadlines_last_as_long_as_devices_leave(schedule: Schedule) -> None:
     """Another one may follow after the commit; whoever is at rest has none."""
     state, now_s = schedule.state, schedule.world.now_s
@@ -103,6 +121,16 @@ def test_cancel_is_refused_once_it_commits(schedule: Schedule) -> None:
     schedule.settle()
     with pytest.raises(OperatorError, match="op-2 has ended already"):
         cancel(schedule.state, "op-2", 1.0)
+
+
+def test_what_waits_for_another_commit_can_be_canceled(schedule: Schedule) -> None:
+    schedule.ask("scale", schedule.layouts[-1:])
+    until(schedule, Stage.COMMIT)
+    schedule.ask("scale", schedule.layouts[9:10])
+    schedule.state = cancel(schedule.state, "op-3", 1.0)
+    schedule.settle()
+    assert [o.outcome for o in schedule.state.operations[1:]] == ["superseded", "canceled"]
+    assert serving(schedule) == schedule.layouts[-1]
 
 
 def test_cancel_is_refused_between_the_generations_of_a_route(schedule: Schedule) -> None:

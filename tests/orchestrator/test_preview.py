@@ -37,8 +37,9 @@ def test_on_one_node_nothing_is_copied() -> None:
     assert [d.change for d in found.devices] == ["stays", "stays", "joins"]
     assert sum(d.experts_after for d in found.devices) >= 16
     assert found.devices[2].kv_blocks_before == 0 < found.devices[2].kv_blocks_after
-    with_standby = preview(current, resized(current, 3, planned_for), standbys=1)
-    assert with_standby.seconds < 2 < found.seconds, "a process must be started first"
+    target = resized(current, 3, planned_for)
+    assert preview(current, target, standbys={"node-a": 1}).seconds < 2 < found.seconds, "a process must be started"
+    assert preview(current, target, standbys={"node-b": 1}).seconds == found.seconds, "it stands by elsewhere"
 
 
 def test_memory_of_its_own_takes_in_every_new_expert() -> None:

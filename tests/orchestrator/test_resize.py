@@ -16,7 +16,7 @@ from concertina.orchestrator.core.layout import Layout
 from concertina.orchestrator.hands import NodeInfo
 from concertina.orchestrator.planning import Context
 from concertina.orchestrator.preview import preview
-from concertina.orchestrator.resize import drained, rebalanced, resized, route
+from concertina.orchestrator.resize import drained, named_devices, rebalanced, resized, route
 from concertina.orchestrator.room import node_use
 from concertina.planners.model import Loads
 from hypothesis import given, settings
@@ -107,14 +107,17 @@ def test_ten_comes_after_nine() -> None:
     assert resized(layout_of(planned_for, 11), 10, planned_for).devices == tuple(f"cpu-{i}" for i in range(10))
 
 
-def test_a_node_that_is_gone_is_emptied_first() -> None:
+def test_a_node_that_is_gone_keeps_no_devices() -> None:
     planned_for = context(A, B)
     current = layout_of(planned_for, 3)
     alone = replace(planned_for, nodes=(A,))
-    assert resized(current, 2, alone).nodes == ("node-a",)
     assert drained(current, "node-b", alone).nodes == ("node-a",)
+    for workers in (2, 3, 4):
+        target = resized(current, workers, alone)
+        assert (target.nodes, len(target.seats)) == (("node-a",), workers)
+        check_layout(target, alone)
     with pytest.raises(OperatorError, match="node node-b is not alive"):
-        resized(current, 4, alone)
+        drained(current, "cpu-0", alone)
 
 
 def test_few_experts_move() -> None:
@@ -226,6 +229,17 @@ def test_draining_what_is_not_there(name: str, says: str) -> None:
     planned_for = context(A, B)
     with pytest.raises(OperatorError, match=re.escape(says)):
         drained(layout_of(planned_for, 3), name, planned_for)
+
+
+def test_devices_that_are_leaving_can_still_be_named() -> None:
+    planned_for = context(A, B)
+    current = layout_of(planned_for, 3)
+    (on_b,) = (seat.device for seat in current.seats if seat.node == "node-b")
+    without = drained(current, on_b, planned_for)
+    leaving = replace(planned_for, leavers={on_b: "node-b", "cpu-9": "node-b"})
+    assert drained(without, on_b, leaving) == without
+    assert named_devices(without, on_b, leaving) == {on_b}
+    assert named_devices(current, "node-b", leaving) == named_devices(without, "10.0.0.2", leaving) == {on_b, "cpu-9"}
 
 
 def test_the_last_device_is_not_drained() -> None:

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from concertina.orchestrator.demo import free_port
 
 START_S = 180.0
 GONE_S = 60.0
@@ -34,13 +35,6 @@ def wait_for(done: Callable[[], bool], what: Callable[[], str], limit_s: float =
     while not done():
         assert time.monotonic() < end_s, what()
         time.sleep(0.2)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 def healthy(url: str) -> bool:

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from concertina.orchestrator.demo import free_port
 
 from ..checkpoints import make_checkpoint
-from .command import GONE_S, START_S, concertina, descendants, free_port, healthy, wait_for
+from .command import GONE_S, START_S, concertina, descendants, healthy, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -217,6 +217,39 @@ def test_kv_that_is_freed_while_it_is_copied_is_not_believed(
         assert (load.kv_blocks, load.kv_blocks_used) == (80, 0)
 
 
+def test_a_copy_under_way_takes_a_later_limit(make_site: MakeSite, hire: Hire, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The notice that a node goes may come while nobody had a deadline."""
+    site, workers = make_site("a", "b", blocks=80, separate=True), [hire(), hire()]
+    bring(workers, site.generation(["a", "b"]))
+    leave, readers = threading.Event(), list[FaultyReader]()
+
+    def opened(source: PageSource, **_: object) -> FaultyReader:
+        readers.append(FaultyReader(open_pages(source), 0, leave))
+        return readers[-1]
+
+    monkeypatch.setattr(adoption, "open_pages", opened)
+    with clients() as client:
+        assert client.start(workers[1], list(range(90)), 8).finished() == "length"
+        bring([workers[0]], site.generation(["a"]), workers[1])
+        heir, source = workers[0].worker, site.source("b")
+        calls = [
+            threading.Thread(target=lambda limit_s=limit_s: heir.adopt_kv(source, 80, limit_s))
+            for limit_s in (None, 0.0)
+        ]
+        calls[0].start()
+        while not readers or readers[0].reads < 2:
+            time.sleep(0.001)
+        calls[1].start()
+        while len(heir._adoptions) < 2:
+            time.sleep(0.001)
+        leave.set()
+        for call in calls:
+            call.join(20)
+            assert not call.is_alive()
+        assert [reader.reads for reader in readers] == [3, 1]  # one batch of the first, and nothing of the second
+        assert heir._adoptions == []
+
+
 def test_copying_ends_with_its_time_and_with_the_engine(
     make_site: MakeSite, hire: Hire, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,11 +62,13 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class StepWork:
-    """One step's tokens, the model's view of them, and the sequences to sample, a row of logits each."""
+    """One step's tokens, the model's view of them, and what to sample, a row of logits for each chunk.
+
+    That of a chunk that does not end its sequence only tells whether what was computed is finite.
+    """
 
     chunks: list[Chunk]
     batch: Batch
-    sampling: list[Sequence]
     rows: list[SampleRow]
 
 
@@ -107,20 +109,23 @@ class EngineCore:
         chunks = self.scheduler.schedule()
         table = self.scheduler.blocks.table
         batch = Batch.of(
-            [BatchChunk(c.seq.tokens[c.start : c.start + c.count], c.start, table(c.seq.id), c.samples) for c in chunks]
+            [BatchChunk(c.seq.tokens[c.start : c.start + c.count], c.start, table(c.seq.id)) for c in chunks]
         )
-        sampling = [chunk.seq for chunk in chunks if chunk.samples]
-        return StepWork(chunks, batch, sampling, [_sample_row(seq) for seq in sampling])
+        return StepWork(chunks, batch, [_sample_row(chunk.seq) for chunk in chunks])
 
     def finish(self, work: StepWork, sampled: list[Sampled], seconds: float) -> list[EngineOutput]:
         """Append the new tokens; outputs in the order of the rows, failed sequences first."""
         live = [
-            (seq, result) for seq, result in zip(work.sampling, sampled, strict=True) if isinstance(seq.state, Running)
+            (chunk, result)
+            for chunk, result in zip(work.chunks, sampled, strict=True)
+            if isinstance(chunk.seq.state, Running)
         ]
         # Before `complete`, so that the KV of a failed sequence does not enter the prefix cache.
-        outputs = [self._fail(seq) for seq, result in live if result.token is None]
+        outputs = [self._fail(chunk) for chunk, result in live if result.token is None]
         self.scheduler.complete(work.chunks)
-        outputs += [self._append(seq, result.token, result) for seq, result in live if result.token is not None]
+        for chunk, result in live:
+            if result.token is not None and chunk.samples:
+                outputs.append(self._append(chunk.seq, result.token, result))
         self._stats.count_step(seconds)
         return outputs
 
@@ -196,8 +201,9 @@ class EngineCore:
         self._stats.ended += 1
         self._ended.append(EngineOutput(seq.id, (), end.reason, error=end.error, moved_to=moved_to))
 
-    def _fail(self, seq: Sequence) -> EngineOutput:
-        error = f"the model returned logits that are not finite at position {len(seq.tokens)}"
+    def _fail(self, chunk: Chunk) -> EngineOutput:
+        seq = chunk.seq
+        error = f"the model returned logits that are not finite at position {chunk.start + chunk.count}"
         self.scheduler.finish(seq, Finished("error", error), spoiled=True)
         self._stats.ended += 1
         return EngineOutput(seq.id, (), "error", error=error)

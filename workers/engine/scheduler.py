@@ -135,8 +135,7 @@ class Scheduler:
             state = chunk.seq.state
             if isinstance(state, Running):
                 state.computed = chunk.start + chunk.count
-                if chunk.samples:
-                    self.blocks.record(chunk.seq.id, chunk.seq.tokens, state.computed)
+                self.blocks.record(chunk.seq.id, chunk.seq.tokens, state.computed)
 
     def finish(self, seq: Sequence, end: Finished, spoiled: bool = False) -> None:
         """End a sequence and take its blocks back at once; ``spoiled``: what it has written is not to be found."""
