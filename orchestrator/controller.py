@@ -11,14 +11,10 @@ import hmac
 import logging
 import os
 import pickle
-from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import inf
 
 from ..errors import InternalError, OperatorError, Unreachable
-from ..workers.generation import kv_key
 from ..workers.model_files import ModelFiles
 from .balancer import Balancer
 from .cluster import Cluster
@@ -26,17 +22,18 @@ from .config import DeploymentConfig
 from .core.facts import Effect, PoolFact, WorkerFact
 from .core.layout import Layout, node_of_pool
 from .core.operations import cancel, request
-from .core.state import Leaving, Operation, OperationKind, Stage, State
+from .core.state import Leaving, Operation, OperationKind, State
 from .core.step import step
 from .deeds import Deeds
 from .hands import Hands, OwnerHandle, WorkerHandle
 from .kv_deeds import KVDeeds
 from .planfiles import model_spec
-from .planning import Context, plan_layout
+from .planning import plan_layout
 from .preview import Preview, preview
 from .registry import Registry
+from .replanning import Replanner
 from .report import member_list, operation_status, pool_statuses, worker_statuses
-from .resize import drained, named_devices, named_node, placed, rebalanced, resized, route
+from .resize import drained, placed, rebalanced, resized, route
 from .seating import nodes_called
 from .status import DeploymentStatus, MemberList, OperationStatus, Progress
 from .under_way import UnderWay, error_text
@@ -45,6 +42,7 @@ _log = logging.getLogger(__name__)
 _TICK_S = 1.0
 _STOP_S = 2.0
 _LATEST = 10  # operations in a status
+_EXPERTS = "experts"  # what a rebalancing is about
 
 
 @dataclass(slots=True)
@@ -83,6 +81,7 @@ class Controller:
         self._deeds: Deeds | None = None
         self._under_way = UnderWay(self._do, self._ended)
         self._balancer: Balancer | None = None
+        self._replanner: Replanner | None = None
         self._members = MemberList(int(1000 * hands.now_s()))  # other versions than before a restart
         self._moved = Moved()
         self._planning: asyncio.Task[None] | None = None
@@ -197,7 +196,7 @@ class Controller:
             uptime_s=self._hands.now_s() - self._state.began_s,
             workers=worker_statuses(record, self._cluster.workers) if record else (),
             pools=await pool_statuses(self._cluster),
-            standbys=self._standbys().total(),
+            standbys=self._replanner.standbys().total() if self._replanner else 0,
             operations=tuple(self._told(operation) for operation in self._state.operations[-_LATEST:]),
             cordoned=tuple(sorted(self._state.cordoned & set(self._cluster.nodes))),
             detail=self._state.failure or self._under_way.trouble,
@@ -213,39 +212,45 @@ class Controller:
             The token is wrong, or there cannot be so many.
         """
         self._admit(token)
-        current = self._state.operation
-        if current is not None and (current.kind, current.subject) == ("scale", str(workers)) and not dry_run:
+        if not dry_run and (current := self._asked("scale", str(workers))):
             return self._told(current)
-        base, way = await self._plan(lambda now, c: resized(now, workers, c))
+        replanner = self._serving()
+        base, way = await replanner.plan(lambda now, c: resized(now, workers, c))
         if dry_run:
-            return preview(base, way[-1], way, self._standbys())
+            return preview(base, way[-1], way, replanner.standbys())
         return await self._ask("scale", _change(base, way), way, subject=str(workers))
 
     async def rebalance(self, token: str) -> OperationStatus:
         """Let experts go where the loads measured so far want them; raises like `scale`, and without any loads."""
         self._admit(token)
+        if current := self._asked("rebalance", _EXPERTS):
+            return self._told(current)
         kept = self._config.loads_file is not None and os.path.exists(self._config.loads_file)
         if not kept and (self._balancer is None or self._balancer.loads is None):
             raise OperatorError("rebalance: too few tokens were routed so far to tell hot experts from cold ones")
-        _, way = await self._plan(rebalanced)
-        return await self._ask("rebalance", "for the measured loads", way, subject="experts")
+        _, way = await self._serving().plan(rebalanced)
+        return await self._ask("rebalance", "for the measured loads", way, subject=_EXPERTS)
 
     async def drain(self, token: str, device: str, deadline_s: float | None = None) -> OperationStatus:
         """Take a device, or all of a node, out; raises like `scale`. A node gets no new devices then, until `undrain`.
 
         KV that is not handed over after ``deadline_s`` seconds is given up, and computed again elsewhere: also of
-        devices there that are leaving already, for whatever reason.
+        devices there that are leaving already. If there are no others, the operation under way is not disturbed.
         """
         self._admit(token)
-        base, way = await self._plan(lambda now, c: drained(now, device, c))
-        context = self._context()
-        deadlines: dict[str, float] = {}
-        if deadline_s is not None:
-            until_s = self._hands.now_s() + deadline_s
-            deadlines = dict.fromkeys(named_devices(base, device, context), until_s)
-        node = named_node(base, device, context)
-        text = f"{device}: {_change(base, way)}"
-        return await self._ask("drain", text, way, Leaving(deadlines, node), subject=node or device)
+        replanner = self._serving()
+        base = await replanner.look()
+        leaving = replanner.leaving(base, device, deadline_s)
+        current = self._asked("drain", leaving.node or device)
+        if current is None and replanner.has_left(base, device):
+            current = self._state.operation
+        if current is None:
+            base, way = await replanner.plan(lambda now, c: drained(now, device, c))
+            leaving = replanner.leaving(base, device, deadline_s)
+        else:
+            way = current.route
+        text, subject = f"{device}: {_change(base, way)}", leaving.node or device
+        return await self._ask("drain", text, way, leaving, subject=subject)
 
     async def undrain(self, token: str, name: str) -> str:
         """Let a drained node take devices again; its id. Raises `OperatorError`: no such node, or a wrong token."""
@@ -301,21 +306,16 @@ class Controller:
         if not hmac.compare_digest(token.encode(), self._config.token.encode()):
             raise OperatorError("token: it is not this deployment's")
 
-    async def _plan(self, plan: Callable[[Layout, Context], Layout]) -> tuple[Layout, tuple[Layout, ...]]:
-        """From where the deployment is, or is just going: where that is, and the way to the planned layout."""
-        if self._state.serving is None:
+    def _serving(self) -> Replanner:
+        """What plans; raises `OperatorError` as long as nothing serves."""
+        if self._replanner is None or self._state.serving is None:
             raise OperatorError("the deployment does not serve yet; ask again when it does")
-        while True:
-            await self._cluster.look_at_nodes()  # one may have joined just now
-            context, base = self._context(), self._base()
-            target = await asyncio.to_thread(plan, base, context)
-            way = await asyncio.to_thread(route, base, target, context)
-            if (base, context.cordoned) == (self._base(), self._state.cordoned):  # nothing has come between
-                return base, way
+        return self._replanner
 
-    def _standbys(self) -> Counter[str]:
-        """Workers that stand by, by node."""
-        return Counter(member.node for member in self._cluster.workers.values() if member.fact(0.0, inf).idle)
+    def _asked(self, kind: OperationKind, subject: str) -> Operation | None:
+        """The operation under way, if it is this one."""
+        current = self._state.operation
+        return current if current is not None and (current.kind, current.subject) == (kind, subject) else None
 
     async def _ask(
         self,
@@ -337,32 +337,6 @@ class Controller:
         async with self._saving:
             await self._hands.save(pickle.dumps(self._state))
 
-    def _base(self) -> Layout:
-        pending, serving = self._state.pending, self._state.serving
-        if pending is not None and pending.stage is Stage.COMMIT and not pending.doomed:
-            return pending.record.layout
-        assert serving is not None
-        return serving.layout
-
-    def _context(self) -> Context:
-        assert self._deeds is not None
-        nodes = list(self._cluster.nodes.values())
-        measured = self._balancer.loads if self._balancer is not None else None
-        context = Context.of(self._config, self._deeds.model, nodes, self._hands.now_s, measured)
-        return replace(context, cordoned=self._state.cordoned, leavers=self._leavers())
-
-    def _leavers(self) -> dict[str, str]:
-        """Devices that are leaving already, and their nodes as far as they have something there."""
-        operation, pending = self._state.operation, self._state.pending
-        left: dict[str, str] = {}
-        if operation is not None and operation.kind == "drain" and operation.subject not in self._cluster.nodes:
-            left[operation.subject] = ""
-        for pool in self._cluster.pools.values():
-            kept = (key.removeprefix(kv_key("")) for key in pool.pages if key.startswith(kv_key("")))
-            left.update(dict.fromkeys(kept, pool.node))
-        stay = {*self._base().devices, *(pending.record.layout.devices if pending is not None else ())}
-        return {device: node for device, node in left.items() if device not in stay}
-
     async def _open(self) -> ModelFiles:
         await self._cluster.look_at_nodes()
         return ModelFiles.open(self._config.checkpoint, self._config.dtype)
@@ -371,7 +345,8 @@ class Controller:
         registry = Registry(self._config, self._cluster, lambda: self._state)
         self._deeds = Deeds(model, registry, KVDeeds(registry))
         spec, config = model_spec(model.config), self._config
-        self._balancer = Balancer(spec, config.rebalance_s, config.loads_file, self._hands.now_s)
+        self._balancer = balancer = Balancer(spec, config.rebalance_s, config.loads_file, self._hands.now_s)
+        self._replanner = Replanner(registry, model, lambda: balancer.loads)
         self._loop = asyncio.create_task(self._run())
 
     def _woken(self) -> None:
@@ -435,14 +410,14 @@ class Controller:
     async def _follow_loads(self, balancer: Balancer, layout: Layout) -> None:
         """Beside the loop: planning takes seconds, and a worker that dies meanwhile must not wait for it."""
         try:
-            context = self._context()
+            context = self._serving().context()
             better = await asyncio.to_thread(balancer.plan, context.site(layout.seats), layout.placement)
             if better is None:
                 return
             way = await asyncio.to_thread(route, layout, placed(layout, better, context), context)
             serving = self._state.serving
             if self._state.operation is None and serving is not None and serving.layout == layout:
-                await self._ask("rebalance", "following the measured loads", way)
+                await self._ask("rebalance", "following the measured loads", way, subject=_EXPERTS)
         except OperatorError as e:
             _log.warning("experts stay where they are: %s", e)
         except Exception:  # noqa: BLE001 - experts that stay where they are serve; ending that would be worse

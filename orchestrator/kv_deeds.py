@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -124,14 +124,14 @@ class KVDeeds:
         near = self.registry.pool_of_device(device) == effect.pool
         if near:  # first, so that nobody else can inherit them too; from now on it has them, or its successor
             await pool.handle.relabel(kv_key(effect.device), pages, kv_key(device))
-            self.heirs[effect.device] = device
         try:
-            await self._adopted(effect.device, lambda left_s: heir.handle.adopt_kv(source, blocks, left_s))
+            await self._adopt(effect.device, heir, source, blocks)
         except Unreachable:
             raise
         except ConcertinaError as e:
             _log.warning("KV of %s is not handed over to %s: %s", effect.device, device, e)
-            return device if near else ""
+            if not near:
+                return ""
         self.heirs[effect.device] = device
         return device
 
@@ -144,29 +144,34 @@ class KVDeeds:
         pool, layout = self.registry.pool(name), self.registry.serving().layout
         await pool.refresh()
         source = self._source(name, pool.pages.get(kv_key(device), ()))
-        self.heirs[leaver.report.device] = device
         try:
             await heir.handle.adopt_kv(source, layout.kv_blocks(layout.devices.index(device)), None)
         except Unreachable:
             raise
         except ConcertinaError as e:
             _log.warning("KV of %s is mapped by nobody yet: %s", leaver.report.device, e)
+        self.heirs[leaver.report.device] = device
         return device
 
-    async def _adopted(self, device: str, adopt: Callable[[float | None], Awaitable[object]]) -> None:
-        """Have the KV of ``device`` adopted by its deadline; asked again if that changes meanwhile."""
-        hands, told = self.registry.cluster.hands, dict[float | None, asyncio.Future[object]]()
+    async def _adopt(self, device: str, heir: Member, source: KVSource, blocks: int) -> None:
+        """Have the KV of ``device`` adopted by its deadline, which may become another one meanwhile."""
+        until_s = self._deadline_s(device)
+        adopting = asyncio.ensure_future(heir.handle.adopt_kv(source, blocks, self._left_s(until_s)))
         try:
-            while not any(call.done() for call in told.values()):
-                until_s = self.registry.state().deadlines.get(device)
-                if until_s not in told:
-                    left_s = None if until_s is None else max(0.0, until_s - hands.now_s())
-                    told[until_s] = asyncio.ensure_future(adopt(left_s))
-                await asyncio.wait(told.values(), timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
-            await next(call for call in told.values() if call.done())
+            while not adopting.done():
+                await asyncio.wait([adopting], timeout=_LOOK_S)
+                if until_s != self._deadline_s(device):
+                    until_s = self._deadline_s(device)
+                    await heir.handle.limit_kv(source, self._left_s(until_s))
+            await adopting
         finally:
-            for call in told.values():
-                call.cancel()
+            adopting.cancel()
+
+    def _deadline_s(self, device: str) -> float | None:
+        return self.registry.state().deadlines.get(device)
+
+    def _left_s(self, until_s: float | None) -> float | None:
+        return None if until_s is None else max(0.0, until_s - self.registry.cluster.hands.now_s())
 
 
 async def unheld(freeing: Awaitable[T]) -> T | None:

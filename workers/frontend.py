@@ -113,13 +113,14 @@ class Frontend:
         server = await asyncio.start_server(self._client, sock=sock)
         await self._ended.wait()
         server.close()
-        for writer in self._conversations.values():
+        conversations = dict(self._conversations)
+        for writer in conversations.values():
             writer.close()  # its reader sees the end of the stream, once all that was written has left
-        if self._conversations:
-            _, unread = await asyncio.wait(list(self._conversations), timeout=_HANG_UP_S)
+        if conversations:
+            _, unread = await asyncio.wait(conversations, timeout=_HANG_UP_S)
             for task in unread:
-                self._conversations[task].transport.abort()
-        await asyncio.gather(*self._conversations, return_exceptions=True)  # asyncio has logged them
+                conversations[task].transport.abort()
+        await asyncio.gather(*conversations, return_exceptions=True)  # asyncio has logged them
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

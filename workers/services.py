@@ -198,6 +198,9 @@ class WorkerService:
     def adopt_kv(self, source: KVSource, blocks: int, limit_s: float | None) -> tuple[int, ...]:
         return self._worker.adopt_kv(source, blocks, limit_s)
 
+    def limit_kv(self, source: KVSource, limit_s: float | None) -> None:
+        self._worker.limit_kv(source, limit_s)
+
     def release(self, moved_to: str) -> None:
         self._worker.release(moved_to)
 

@@ -52,7 +52,7 @@ class Worker:
         self._joining: dict[int, tuple[Assignment, Mapping[str, MemfdPool]]] = {}
         self._abandoned: set[int] = set()
         self._service: Service | None = None
-        self._adoptions: list[tuple[KVSource, float]] = []  # calls under way, and until when they copy
+        self._copy_until_s: dict[tuple[str, int], float] = {}  # KV of others, as `_beginning` tells them apart
         self._lent: dict[str, PoolServer] = {}
         self._stopped = False
         self._serials = itertools.count(1)
@@ -175,8 +175,7 @@ class Worker:
         """Take over the KV of a device whose worker has left, then give up blocks down to ``blocks``.
 
         Blocks in use stay, even if that makes more. What has to be copied is left where it is after ``limit_s``, and
-        when the engine stops: nobody waits for it then, and who recovers from that waits for this. A call for the same
-        source that is copying still gets the limit of the latest one.
+        when the engine stops: nobody waits for it then, and who recovers from that waits for this.
 
         Returns
         -------
@@ -190,22 +189,18 @@ class Worker:
         """
         service, kv = self._serving()
         service.check()
-        call = source, inf if limit_s is None else time.monotonic() + limit_s
 
         def go_on() -> bool:
-            with self._changed:
-                until_s = next(until_s for of, until_s in reversed(self._adoptions) if of == source)
-            return isinstance(service.state, Running) and time.monotonic() < until_s
+            return isinstance(service.state, Running) and time.monotonic() < self._copy_until_s[_beginning(source)]
 
-        with self._changed:
-            self._adoptions.append(call)
-        try:
-            with self._adopting:
-                adopt(service.engine, kv, source, blocks, go_on)
-        finally:
-            with self._changed:
-                self._adoptions.remove(call)
+        self.limit_kv(source, limit_s)
+        with self._adopting:
+            adopt(service.engine, kv, source, blocks, go_on)
         return kv.pages
+
+    def limit_kv(self, source: KVSource, limit_s: float | None) -> None:
+        """Have calls of `adopt_kv` for that source, if any are under way, copy for ``limit_s`` from now on."""
+        self._copy_until_s[_beginning(source)] = inf if limit_s is None else time.monotonic() + limit_s
 
     def release(self, moved_to: str) -> None:
         """Tell a retired worker's clients to go on at the device ``moved_to`` (empty: any), and be idle again.
@@ -387,3 +382,8 @@ class Worker:
                 if extents.name == name and name in pools:
                     return pools[name], extents.token
         return None
+
+
+def _beginning(source: KVSource) -> tuple[str, int]:
+    """The pool and the first page: no other device's KV begins there."""
+    return source.pool.name, source.pages[0] if source.pages else -1

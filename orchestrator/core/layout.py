@@ -47,7 +47,7 @@ class Layout:
     ledger_record_bytes : int
         See `OwnerConfig`.
     length_blocks : int
-        KV blocks of one sequence of full length: no device has fewer, also while it goes from one layout to another.
+        KV blocks of one sequence of full length, which every device has as long as no node is lost.
     inventory : Inventory
         Devices that there may be.
     """

@@ -38,7 +38,7 @@ def request(
     if current is not None:
         state = _drop(state, "superseded", f"by {kind} {text}", now_s)
     operation = Operation(f"op-{state.next_operation}", kind, text, route, now_s, cordons=cordons, subject=subject)
-    at_rest = state.pending is None and not state.broken
+    at_rest = state.pending is None and not state.broken and not (leaving is not None and leaving.begun)
     if at_rest and state.serving is not None and state.serving.layout == route[-1]:
         operation = replace(operation, outcome="done", reason="nothing to do", committed_s=now_s, ended_s=now_s)
     operations = (*state.operations, operation)[-_KEPT:]

@@ -62,10 +62,14 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class Leaving:
-    """What a drain asks for beside a layout: until when devices hand over, and the node that takes no new ones."""
+    """What a drain asks for beside a layout: until when devices hand over, and the node that takes no new ones.
+
+    ``begun``: some of them are leaving already, so that being where they are not is not the end of it.
+    """
 
     deadlines: Mapping[str, float] = field(default_factory=dict)
     node: str = ""
+    begun: bool = False
 
 
 @dataclass(frozen=True, slots=True)

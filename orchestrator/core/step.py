@@ -207,7 +207,7 @@ def _cast(state: State, layout: Layout, snapshot: Snapshot) -> tuple[tuple[str, 
 
 def _finish(state: State, snapshot: Snapshot) -> State:
     """An operation is done when its goal serves and what it left behind is cleared away."""
-    if state.pending is not None or state.operation is None:
+    if state.pending is not None or state.operation is None or state.broken:
         return state
     state = committed(state, snapshot.now_s)
     if state.operation is None or not state.operation.committed_s or not _is_clear(state, snapshot):

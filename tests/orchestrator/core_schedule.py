@@ -215,9 +215,10 @@ class Schedule:
             self.state = cancel(self.state, operation.id, self.world.now_s)
         except OperatorError:
             serving = self.state.serving
-            records = [serving, pending if pending is None or pending.recovery else pending.record]
-            on_the_way = any(record is not None and record.layout in operation.route for record in records)
-            must(bool(operation.committed_s) or on_the_way, "C13: an operation before its commit could not be canceled")
+            begun = bool(operation.committed_s) or (serving is not None and serving.layout in operation.route)
+            if pending is not None and pending.stage is Stage.COMMIT and not pending.recovery:
+                begun = begun or pending.record.layout in operation.route
+            must(begun, "C13: an operation before its commit could not be canceled")
             return
         must(self.state.operations[-1].outcome == "canceled", "C13: a canceled operation has another outcome")
         self.note(f"canceled {operation.id}")

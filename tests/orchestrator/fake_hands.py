@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -142,6 +141,7 @@ class FakeWorker:
     unreachable: bool = False
     stopped: bool = False
     limits_s: list[float | None] = field(default_factory=list)
+    limited: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def _alive(self) -> None:
         while self.hangs and not self.dead:
@@ -192,9 +192,22 @@ class FakeWorker:
     async def adopt_kv(self, source: KVSource, blocks: int, limit_s: float | None) -> tuple[int, ...]:
         await self._alive()
         self.limits_s.append(limit_s)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self.faults.met("adopt_kv"), limit_s)
+        self.limited.clear()
+        adopting = [asyncio.create_task(self.faults.met("adopt_kv")), asyncio.create_task(self.limited.wait())]
+        try:
+            done, _ = await asyncio.wait(adopting, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for call in adopting:
+                call.cancel()
+        for call in done:
+            call.result()
         return self.kv
+
+    async def limit_kv(self, source: KVSource, limit_s: float | None) -> None:
+        """What is adopted comes to its end at once."""
+        await self._alive()
+        self.limits_s.append(limit_s)
+        self.limited.set()
 
     async def release(self, moved_to: str) -> None:
         await self._alive()

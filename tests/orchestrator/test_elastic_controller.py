@@ -20,14 +20,16 @@ from concertina.orchestrator.balancer import Balancer
 from concertina.orchestrator.config import DeploymentConfig
 from concertina.orchestrator.controller import Controller
 from concertina.orchestrator.core.layout import Layout
+from concertina.orchestrator.core.operations import end
 from concertina.orchestrator.hands import NodeInfo
 from concertina.orchestrator.kv_deeds import KVDeeds
-from concertina.orchestrator.placing import Site
+from concertina.orchestrator.placing import Site, even_loads
 from concertina.orchestrator.planning import Context
 from concertina.orchestrator.preview import Preview
 from concertina.orchestrator.resize import resized
 from concertina.orchestrator.status import OperationStatus
 from concertina.planners.cluster import Device
+from concertina.planners.model import ModelSpec
 from concertina.planners.placement import Placement
 from concertina.workers.generation import AT_SWITCH_BLOCKS
 from concertina.workers.protocol import EngineLoad
@@ -415,8 +417,72 @@ def test_a_deadline_is_also_for_what_leaves_already(checkpoint: Path) -> None:
             await until(lambda: "adopt_kv" in hands.faults.calls)
             assert (await controller.drain(token, "cpu-2", 0.1)).id == shrinking.id
             assert (await done(controller, token, shrinking)).state == "done"
+            assert [limit_s for worker in hands.workers for limit_s in worker.limits_s if limit_s is not None]
             with pytest.raises(OperatorError, match="no device or node is called 'cpu-2'"):
                 await controller.drain(token, "cpu-2", 0.1)
+
+    asyncio.run(go())
+
+
+def test_a_late_deadline_disturbs_no_operation_that_follows(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 4, memory_mode="separate") as (controller, hands, token):
+            hands.faults.held.add("adopt_kv")
+            first = await controller.drain(token, "cpu-1")
+            await until(lambda: "adopt_kv" in hands.faults.calls)
+            second = await controller.drain(token, "cpu-2")
+            assert (await controller.operation(token, first.id)).state == "superseded"
+            assert (await controller.drain(token, "cpu-1", 0.1)).id == second.id
+            await until(lambda: hands.workers[1].released_to is not None)
+            await controller.drain(token, "cpu-2", 0.1)
+            assert (await done(controller, token, second)).state == "done"
+            assert await devices(controller) == ["cpu-0", "cpu-3"]
+
+    asyncio.run(go())
+
+
+def test_a_drain_of_what_is_leaving_lasts_until_it_has_left(checkpoint: Path) -> None:
+    """Though what serves is what it asks for."""
+
+    async def go() -> None:
+        async with controlled(checkpoint, 2, memory_mode="separate") as (controller, hands, token):
+            hands.faults.held.add("adopt_kv")
+            first = await controller.drain(token, "cpu-1")
+            await until(lambda: "adopt_kv" in hands.faults.calls)
+            controller._state = end(controller._state, "failed", "for another reason", 0.0)
+            second = await controller.drain(token, "cpu-1", 0.1)
+            assert (second.id != first.id, second.state) == (True, "running")
+            assert (await done(controller, token, second)).state == "done"
+            assert hands.workers[1].released_to == "cpu-0"
+
+    asyncio.run(go())
+
+
+def test_rebalancing_asked_for_again_is_the_same(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it was begun for the loads that were measured, by itself."""
+    turn = count()
+
+    def planned(current: Layout, *_: object) -> Layout:
+        return replace(current, reserved_experts=(next(turn),) * len(current.seats))
+
+    monkeypatch.setattr(module, "rebalanced", planned)
+    monkeypatch.setattr(module, "placed", planned)
+    monkeypatch.setattr(Balancer, "loads", even_loads(ModelSpec(3, 5, 1.0, 1.0)))
+    monkeypatch.setattr(Balancer, "plan", lambda self, site, current: current)
+
+    async def go() -> None:
+        async with controlled(checkpoint, 2) as (controller, hands, token):
+            for automatic in (False, True):
+                hands.faults.held.add("prepare")
+                if automatic:
+                    await controller._follow_loads(controller._balancer, controller._state.serving.layout)
+                    first = await controller.operation(token, controller._state.operations[-1].id)
+                else:
+                    first = await controller.rebalance(token)
+                assert first.state == "running"
+                assert (await controller.rebalance(token)).id == first.id
+                hands.faults.held.clear()
+                assert (await done(controller, token, first)).state == "done"
 
     asyncio.run(go())
 

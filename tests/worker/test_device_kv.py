@@ -232,22 +232,20 @@ def test_a_copy_under_way_takes_a_later_limit(make_site: MakeSite, hire: Hire, m
         assert client.start(workers[1], list(range(90)), 8).finished() == "length"
         bring([workers[0]], site.generation(["a"]), workers[1])
         heir, source = workers[0].worker, site.source("b")
-        calls = [
-            threading.Thread(target=lambda limit_s=limit_s: heir.adopt_kv(source, 80, limit_s))
-            for limit_s in (None, 0.0)
-        ]
-        calls[0].start()
-        while not readers or readers[0].reads < 2:
+        heir.limit_kv(source, 0.0)  # nothing to limit yet
+        limit, limits = heir.limit_kv, list[float | None]()
+        monkeypatch.setattr(heir, "limit_kv", lambda source, limit_s: (limit(source, limit_s), limits.append(limit_s)))
+        calls = [threading.Thread(target=lambda: heir.adopt_kv(source, 80)) for _ in range(2)]
+        for call in calls:  # the second one is of a controller that knows nothing of the first
+            call.start()
+        while not readers or readers[0].reads < 2 or len(limits) < 2:
             time.sleep(0.001)
-        calls[1].start()
-        while len(heir._adoptions) < 2:
-            time.sleep(0.001)
+        heir.limit_kv(source, 0.0)
         leave.set()
         for call in calls:
             call.join(20)
             assert not call.is_alive()
-        assert [reader.reads for reader in readers] == [3, 1]  # one batch of the first, and nothing of the second
-        assert heir._adoptions == []
+        assert [reader.reads for reader in readers] == [3, 1]  # the ledger, one batch and its records anew; the ledger
 
 
 def test_copying_ends_with_its_time_and_with_the_engine(

@@ -10,13 +10,15 @@ from ...errors import InternalError, OperatorError
 from ..kv.ledger import BlockRecord
 from ..model.batch import Batch
 from ..model.batch import Chunk as BatchChunk
-from ..protocol import EngineOutput, EngineRequest
+from ..protocol import EngineOutput, EngineRequest, SamplingParams
 from .blocks import BlockManager, ShrinkRefused
 from .requests import check_request
 from .sampler import Sampled, SampleRow
 from .scheduler import Chunk, Scheduler, SchedulerConfig
 from .sequence import Finished, Running, Sequence
 from .stats import EngineStats
+
+_GREEDY = SamplingParams(temperature=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ class EngineCore:
         batch = Batch.of(
             [BatchChunk(c.seq.tokens[c.start : c.start + c.count], c.start, table(c.seq.id)) for c in chunks]
         )
-        return StepWork(chunks, batch, [_sample_row(chunk.seq) for chunk in chunks])
+        return StepWork(chunks, batch, [_sample_row(c.seq) if c.samples else _check_row(c.seq) for c in chunks])
 
     def finish(self, work: StepWork, sampled: list[Sampled], seconds: float) -> list[EngineOutput]:
         """Append the new tokens; outputs in the order of the rows, failed sequences first."""
@@ -228,6 +230,11 @@ class EngineCore:
         if seq.generated >= seq.sampling.max_tokens or len(seq.tokens) >= self.config.scheduler.max_model_len:
             return Finished("length")
         return None
+
+
+def _check_row(seq: Sequence) -> SampleRow:
+    """Only whether the logits are finite."""
+    return SampleRow(_GREEDY, seq.seed, len(seq.tokens), seq.generated)
 
 
 def _sample_row(seq: Sequence) -> SampleRow:
