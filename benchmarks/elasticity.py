@@ -10,9 +10,12 @@ import argparse
 import asyncio
 import os
 import tempfile
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
+from statistics import median
 from typing import get_args
 
 import ray
@@ -33,7 +36,8 @@ CHANGES = (2, 3, 1)  # from 1 worker
 QUICK_CHANGES = (2, 1)
 PICTURED = (2, 1)  # one transition with everything in it: room, weights, the switch, and a hand-over
 CLIENTS = {"demo": 8, "large": 4}
-EMULATED_STEP_MS = {"demo": 15.0, "large": 150.0}  # twice what the computation takes, or more
+EMULATED_STEP_MS = {"demo": 15.0, "large": 150.0}  # at least, and
+STEPS_OF_THEIR_OWN = 2.5  # times the longest step that computing took in the same run
 EMULATED_ROUNDS = 2  # of changes per repeat: they are quick, and a window of few steps is noisy
 _NOT_WORTH_IT = {("demo", "reserved"), ("demo", "emulated_reserved")}
 _CHECKPOINTS: dict[str, Callable[[Path], tuple[Path, str]]] = {"demo": demo_checkpoint, "large": large_checkpoint}
@@ -110,7 +114,7 @@ class Bench:
 
     async def _session(self, name: str, what: str, checkpoint: Path, mode: Mode) -> None:
         options = self.options
-        step_ms = EMULATED_STEP_MS[name] if emulates(mode) else 0.0
+        step_ms = self._emulated_step_ms(name) if emulates(mode) else 0.0
         config = configured(str(checkpoint), mode, 1, options.threads, step_ms)
         model = ModelFiles.open(str(checkpoint))
         clients, vocabulary = CLIENTS[name], model.config.vocab_size
@@ -135,6 +139,16 @@ class Bench:
             changed = [row for row in self.rows if row["case"] == "change" and labels.items() <= row.items()]
             for row in bare_copies(changed):
                 self._keep({**labels, **row})
+
+    def _emulated_step_ms(self, name: str) -> float:
+        """Long enough that the host's cores are free for most of it: how long that is hangs on the machine."""
+        own = [row for row in self.rows if (row["checkpoint"], row["case"]) == (name, "change")]
+        steps = defaultdict[str, list[float]](list)
+        for row in own:
+            if "emulated_step_ms" not in row:
+                steps[row["change"]].append(max(row["step_ms"], row["later_step_ms"]))
+        longest_ms = max((median(values) for values in steps.values()), default=0.0)
+        return max(EMULATED_STEP_MS[name], 5.0 * ceil(STEPS_OF_THEIR_OWN * longest_ms / 5.0))
 
     def _restarts(self, labels: Row, config: DeploymentConfig) -> None:
         for repeat in range(self.options.other_repeats):
