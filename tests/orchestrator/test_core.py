@@ -233,6 +233,17 @@ def test_an_operation_planned_from_elsewhere_takes_no_memory_that_sequences_need
     assert step(request(roomy, "scale", "", (goal,), 0.0), snapshot).state.pending is not None
 
 
+def test_nothing_is_done_before_what_is_broken_has_recovered():
+    """Between two attempts to recover, too."""
+    state, snapshot = _at_rest("shared", 0)
+    state = replace(state, broken=True, attempts=4, failed_s=0.0)
+    asked = request(state, "scale", "2 workers", (state.serving.layout,), 0.0)
+    lost = replace(snapshot, workers={"worker-1": snapshot.workers["worker-1"]}, now_s=0.1)
+    decided = step(asked, lost)
+    assert decided.again_s > 0.1
+    assert (decided.state.pending, decided.state.operations[-1].outcome) == (None, "running")
+
+
 def test_a_node_that_an_operation_has_left_may_go():
     state, snapshot = _at_rest("shared", 0)
     assert state.serving is not None
