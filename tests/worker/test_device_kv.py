@@ -116,6 +116,18 @@ class FaultyReader:
         self._inner.close()
 
 
+def waiting_readers(monkeypatch: pytest.MonkeyPatch, leave: threading.Event) -> list[FaultyReader]:
+    """Whoever copies waits for leave; the readers, as they are opened."""
+    readers: list[FaultyReader] = []
+
+    def opened(source: PageSource, **_: object) -> FaultyReader:
+        readers.append(FaultyReader(open_pages(source), 0, leave))
+        return readers[-1]
+
+    monkeypatch.setattr(adoption, "open_pages", opened)
+    return readers
+
+
 def test_steps_go_on_beside_a_slow_copy_and_a_failed_one_may_be_repeated(
     make_site: MakeSite, hire: Hire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,13 +233,8 @@ def test_a_copy_under_way_takes_a_later_limit(make_site: MakeSite, hire: Hire, m
     """The notice that a node goes may come while nobody had a deadline."""
     site, workers = make_site("a", "b", blocks=80, separate=True), [hire(), hire()]
     bring(workers, site.generation(["a", "b"]))
-    leave, readers = threading.Event(), list[FaultyReader]()
-
-    def opened(source: PageSource, **_: object) -> FaultyReader:
-        readers.append(FaultyReader(open_pages(source), 0, leave))
-        return readers[-1]
-
-    monkeypatch.setattr(adoption, "open_pages", opened)
+    leave = threading.Event()
+    readers = waiting_readers(monkeypatch, leave)
     with clients() as client:
         assert client.start(workers[1], list(range(90)), 8).finished() == "length"
         bring([workers[0]], site.generation(["a"]), workers[1])
@@ -254,13 +261,8 @@ def test_copying_ends_with_its_time_and_with_the_engine(
     """Who recovers from what stopped the engine waits for that."""
     site, workers = make_site("a", "b", "c", blocks=80, separate=True), [hire(), hire(), hire()]
     bring(workers, site.generation(["a", "b", "c"]))
-    leave, readers = threading.Event(), list[FaultyReader]()
-
-    def opened(source: PageSource, **_: object) -> FaultyReader:
-        readers.append(FaultyReader(open_pages(source), 0, leave))
-        return readers[-1]
-
-    monkeypatch.setattr(adoption, "open_pages", opened)
+    leave = threading.Event()
+    readers = waiting_readers(monkeypatch, leave)
     with clients() as client:
         assert client.start(workers[1], list(range(90)), 8).finished() == "length"
         bring([workers[0], workers[2]], site.generation(["a", "c"]), workers[1])
