@@ -86,7 +86,7 @@ class Deployment:
 
     def operation(self, operation: str, wait_s: float = 0.0) -> OperationStatus:
         """How far an operation is; waits up to ``wait_s`` seconds for its end."""
-        status: OperationStatus = self._call("operation", self._token(), operation, wait_s)
+        status: OperationStatus = self._call("operation", self._token(), operation, wait_s, wait_s=wait_s)
         return status
 
     def operations(self) -> tuple[OperationStatus, ...]:
@@ -116,9 +116,9 @@ class Deployment:
     def _token(self) -> str:
         return find_token(self.name, self._given)
 
-    def _call(self, method: str, *args: object) -> Any:
-        """The controller's answer; where that does no harm, its restart is waited for."""
+    def _call(self, method: str, *args: object, wait_s: float = 0.0) -> Any:
+        """The controller's answer, which may take ``wait_s``; where that does no harm, its restart is waited for."""
         remote_method = getattr(remote.find_controller(self.name), method).remote
         if method in _TWICE:
-            return remote.ask_again(lambda: remote_method(*args))
+            return remote.ask_again(lambda: remote_method(*args), remote.PATIENCE_S + wait_s)
         return remote.ask(remote_method(*args))

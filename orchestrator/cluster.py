@@ -100,6 +100,8 @@ class Member:
             report.kv_blocks,
             failed,
             stale=self.asked is not None,
+            joining=report.joining,
+            abandoned=report.abandoned,
         )
 
 
@@ -123,6 +125,7 @@ class Cluster:
     pools: dict[str, Pool] = field(default_factory=dict)
     workers: dict[str, Member] = field(default_factory=dict)
     store: tuple[str, int] | None = None
+    _lost_pools: dict[str, Pool] = field(default_factory=dict)  # of nodes that are gone: those may be back
     _watches: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def add_pool(self, name: str, node: str, handle: OwnerHandle) -> Pool:
@@ -217,7 +220,13 @@ class Cluster:
         for name, pool in list(self.pools.items()):
             if pool.node not in self.nodes:
                 _log.warning("memory owner %s is lost: node %s is gone", name, pool.node)
-                del self.pools[name]
+                self._lost_pools[name] = self.pools.pop(name)
+        for name, pool in list(self._lost_pools.items()):
+            if pool.node in self.nodes:  # it was silent; what is there has to be used or given back
+                del self._lost_pools[name]
+                if name not in self.pools:
+                    self.pools[name] = pool
+                    self._watch(self._watch_owner(name, pool))
 
     def forget_worker(self, name: str) -> None:
         self.workers.pop(name, None)

@@ -13,6 +13,7 @@ import os
 import pickle
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from math import inf
 
 from ..errors import InternalError, OperatorError, Unreachable
 from ..workers.model_files import ModelFiles
@@ -212,6 +213,8 @@ class Controller:
             The token is wrong, or there cannot be so many.
         """
         self._admit(token)
+        if type(workers) is not int or workers < 1:
+            raise OperatorError(f"workers: {workers!r}; expected a whole number of at least 1")
         if not dry_run and (current := self._asked("scale", str(workers))):
             return self._told(current)
         replanner = self._serving()
@@ -238,6 +241,8 @@ class Controller:
         devices there that are leaving already. If there are no others, the operation under way is not disturbed.
         """
         self._admit(token)
+        if deadline_s is not None and not (isinstance(deadline_s, int | float) and 0 <= deadline_s < inf):
+            raise OperatorError(f"deadline: {deadline_s!r}; expected seconds, 0 or more")
         replanner = self._serving()
         base = await replanner.look()
         leaving = replanner.leaving(base, device, deadline_s)

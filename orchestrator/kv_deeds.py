@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ..errors import ConcertinaError, Unreachable
+from ..errors import ConcertinaError, InternalError, Unreachable
 from ..workers.generation import AT_SWITCH_BLOCKS, LEDGER_KEY, KVSource, kv_key
 from ..workers.pages.holds import PagesHeld
 from .cluster import Member, Pool
@@ -92,16 +92,26 @@ class KVDeeds:
             await pool.refresh()
 
     async def hand_over(self, effect: HandOver) -> None:
-        """What the heir has not taken at the switch; then the leaver is released, and what nobody wants freed."""
+        """What the heir has not taken at the switch; then the leaver is released, and what nobody wants freed.
+
+        Raises
+        ------
+        ConcertinaError
+            The heir is lost, or has stopped before it had all; the KV is there for who comes after it.
+        """
         self.heirs.pop(effect.device, None)  # of an earlier time
         members = self.registry.cluster.workers.values()
         leaver = next((m for m in members if m.report.retired and m.report.device == effect.device), None)
         heir = self.registry.cluster.workers.get(effect.heir)
+        if heir is None:
+            raise InternalError(f"{effect.heir}, which was to take over the KV of {effect.device}, is lost")
         pages = self.registry.pool(effect.pool).pages.get(kv_key(effect.device), ()) if effect.pool else ()
         moved_to = ""
-        if heir is not None and pages:
+        if pages:
             moved_to = await self._inherit(effect, heir, pages)
-        elif heir is not None and leaver is not None:
+        elif effect.device in self.registry.serving().layout.devices:  # another worker has all of it
+            moved_to = effect.device
+        elif leaver is not None:
             moved_to = await self._inherited(leaver, heir)
         if leaver is not None:
             await leaver.handle.release(moved_to)
@@ -114,8 +124,8 @@ class KVDeeds:
     async def _inherit(self, effect: HandOver, heir: Member, pages: tuple[int, ...]) -> str:
         """The device that has the KV now; empty if it could not be had, then it is computed again.
 
-        An owner that is lost raises: its successor has the same pages. So does an heir that cannot be reached: it may
-        still be copying, and what it copies must not be freed.
+        An owner that is lost raises: its successor has the same pages. So does an heir that cannot be reached (it may
+        still be copying, and what it copies must not be freed), or that has stopped before it had copied all.
         """
         pool, device = self.registry.pool(effect.pool), heir.report.device
         layout = self.registry.serving().layout
@@ -131,9 +141,18 @@ class KVDeeds:
         except ConcertinaError as e:
             _log.warning("KV of %s is not handed over to %s: %s", effect.device, device, e)
             if not near:
+                await self._must_serve(heir)
                 return ""
+        if not near and self._left_s(self._deadline_s(effect.device)) != 0.0:
+            await self._must_serve(heir)
         self.heirs[effect.device] = device
         return device
+
+    async def _must_serve(self, heir: Member) -> None:
+        """Raise if an heir has died or stopped: it copies no more then."""
+        report = await heir.handle.report()
+        if report.parked or report.failed or not report.serving:
+            raise InternalError(f"{heir.name} has stopped: {report.parked or report.failed or 'it has left'}")
 
     async def _inherited(self, leaver: Member, heir: Member) -> str:
         """The device that a leaver's KV was given to before, by a hand-over that did not end; empty if none was."""

@@ -215,13 +215,16 @@ def _copy(engine: Engine, kv: DeviceKV, source: KVSource, reader: PageReader, go
     missing = _missing(kv, _read_records(kv, source, reader))
     load = engine.load
     missing = missing[max(0, len(missing) - (load.kv_blocks - load.kv_blocks_used)) :]
+    taken: list[int] = []  # the least useful first
     while missing and go_on():
         blocks = engine.reserve(min(len(missing), _BATCH_BLOCKS))
         if not blocks:
-            return
-        batch, missing = missing[: len(blocks)], missing[len(blocks) :]
+            break
+        batch, missing = missing[len(missing) - len(blocks) :], missing[: len(missing) - len(blocks)]
         part = replace(source, pages=tuple(page for known in batch for page in known.pages))
         _fill(engine, kv, reader, blocks, batch, partial(_read_records, kv, part, reader))
+        taken[:0] = blocks
+    engine.touch(taken)  # else what came last would stay longest
 
 
 def _fill(

@@ -52,11 +52,16 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """A sequence to be continued. ``prompt`` holds token ids; ``id`` is unique within a connection."""
+    """A sequence to be continued. ``prompt`` holds token ids; ``id`` is unique within a connection.
+
+    ``resumed``: another worker had accepted it, so that it is not refused for lack of room in the queue, and comes
+    before those that have never been computed.
+    """
 
     id: str
     prompt: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    resumed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +102,14 @@ class EngineLoad:
 
 
 def request_to_wire(request: EngineRequest) -> dict[str, Any]:
-    return {"id": request.id, "prompt": request.prompt, "sampling": asdict(request.sampling)}
+    sampling = asdict(request.sampling)
+    return {"id": request.id, "prompt": request.prompt, "sampling": sampling, "resumed": request.resumed}
 
 
 def request_from_wire(data: dict[str, Any]) -> EngineRequest:
     sampling = dict(data["sampling"])
     sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
-    return EngineRequest(data["id"], tuple(data["prompt"]), SamplingParams(**sampling))
+    return EngineRequest(data["id"], tuple(data["prompt"]), SamplingParams(**sampling), bool(data["resumed"]))
 
 
 def output_to_wire(output: EngineOutput) -> dict[str, Any]:

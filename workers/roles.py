@@ -67,6 +67,10 @@ class WorkerReport:
         Higher in a later report of the same process.
     address : (str, int) or None
         Where the ingress connects; None without an engine.
+    joining : frozenset of int
+        Generations that it is preparing, but for those that were abandoned.
+    abandoned : int
+        The latest generation that was abandoned; 0 for none.
     """
 
     name: str
@@ -83,6 +87,8 @@ class WorkerReport:
     kv_blocks: int = 0
     serial: int = 0
     address: tuple[str, int] | None = None
+    joining: frozenset[int] = frozenset()
+    abandoned: int = 0
 
     @property
     def situation(self) -> tuple[frozenset[int], int, str, int, str]:

@@ -290,7 +290,8 @@ class Worker:
     def _report(self) -> WorkerReport:
         """What `WorkerReport.situation` says; the caller holds ``_changed``."""
         service, prepared = self._service, frozenset(self._parts)
-        report = WorkerReport(self.config.name, os.getpid(), prepared, 0, "")
+        joining, abandoned = frozenset(self._joining.keys() - self._abandoned), max(self._abandoned, default=0)
+        report = WorkerReport(self.config.name, os.getpid(), prepared, 0, "", joining=joining, abandoned=abandoned)
         if service is None:
             return report
         report = replace(report, serving=service.generation)

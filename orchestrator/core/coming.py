@@ -50,7 +50,8 @@ def _abandons(generation: int, snapshot: Snapshot) -> Iterator[Effect]:
     if any(isinstance(e, Commit) and e.generation == generation for e in snapshot.busy):
         return  # an offer that is on its way would come after its withdrawal
     for worker, fact in sorted(snapshot.workers.items()):
-        if not fact.failed and (generation in fact.prepared or Prepare(worker, generation) in snapshot.busy):
+        asked = Prepare(worker, generation) in snapshot.busy and fact.abandoned < generation
+        if not fact.failed and (asked or generation in fact.prepared | fact.joining):
             yield Abandon(worker, generation)
 
 

@@ -49,6 +49,10 @@ class WorkerFact:
         Why it cannot go on and has to be ended: it failed, hangs, or gives no answer.
     stale : bool
         It has not answered since this snapshot was asked for.
+    joining : frozenset of int
+        Generations that it is preparing, but for those that it was told to abandon.
+    abandoned : int
+        The latest generation that it was told to abandon; 0 is none.
     """
 
     node: str
@@ -60,11 +64,13 @@ class WorkerFact:
     kv_blocks: int = 0
     failed: str = ""
     stale: bool = False
+    joining: frozenset[int] = frozenset()
+    abandoned: int = 0
 
     @property
     def idle(self) -> bool:
         """A standby: it has no role, and none is being given to it."""
-        return not (self.prepared or self.serving or self.retired or self.failed or self.device)
+        return not (self.prepared or self.joining or self.serving or self.retired or self.failed or self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +136,10 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Abandon:
-    """Take back the offer of a generation and let go of it, unless the switch has happened."""
+    """Take back the offer of a generation and let go of it, unless the switch has happened.
+
+    Who is preparing it goes on for a while, and then lets go of it, without having touched its exchange.
+    """
 
     worker: str
     generation: int

@@ -43,13 +43,15 @@ def strays(state: State, snapshot: Snapshot) -> Iterator[Effect]:
     for worker, fact in sorted(snapshot.workers.items()):
         if fact.failed:
             continue
-        yield from (Abandon(worker, g) for g in sorted(fact.prepared - {coming}))
+        yield from (Abandon(worker, g) for g in sorted((fact.prepared | fact.joining) - {coming}))
         if worker in state.serving.workers or fact.serving == coming:
             continue
         if fact.serving > state.serving.id:
             yield StopWorker(worker)  # it came to a generation that was withdrawn before anybody else did
         elif fact.parked:
             yield Commit(worker, state.serving.id)  # it missed the switch: it has no part in it, and retires
+        elif 0 < fact.serving < state.serving.id and state.pending is None and not state.broken:
+            yield Commit(worker, state.serving.id)  # nobody was there whom it could have switched with
 
 
 def _hand_overs(state: State, snapshot: Snapshot) -> Iterator[Effect]:

@@ -95,8 +95,11 @@ def _let_go(generation: int, snapshot: Snapshot) -> bool:
     """Nobody can come to the generation any more, and everyone's word about it is from after that."""
     if any(isinstance(e, Commit | Abandon) and e.generation == generation for e in snapshot.busy):
         return False
-    facts = [fact for fact in snapshot.workers.values() if not fact.failed]
-    return not any(fact.stale or generation in fact.prepared for fact in facts)
+    for worker, fact in snapshot.workers.items():
+        asked = Prepare(worker, generation) in snapshot.busy and fact.abandoned < generation
+        if not fact.failed and (asked or fact.stale or generation in fact.prepared | fact.joining):
+            return False
+    return True
 
 
 def _advance(state: State, snapshot: Snapshot) -> State:
@@ -190,7 +193,7 @@ def _cast(state: State, layout: Layout, snapshot: Snapshot) -> tuple[tuple[str, 
         seated = zip(state.serving.layout.devices, state.serving.workers, strict=True)
         facts = {device: (w, usable(snapshot, w)) for device, w in seated}
         sitting = {device: w for device, (w, fact) in facts.items() if fact is not None and not fact.retired}
-    taken = {*sitting.values(), *(e.worker for e in snapshot.busy if isinstance(e, Prepare))}
+    taken = {*sitting.values(), *(e.worker for e in snapshot.busy if isinstance(e, Prepare | StopWorker))}
     idle = [w for w, fact in sorted(snapshot.workers.items()) if fact.idle and w not in taken]
     cast, fresh = [], state.next_worker
     for seat in layout.seats:

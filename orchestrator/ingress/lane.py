@@ -51,7 +51,7 @@ class Lane:
         self._broken = asyncio.Event()
         self._idle = asyncio.Event()
         self._tickets = itertools.count()
-        self._unanswered: dict[int, None] = {}  # sequences without a token, in the order of their arrival
+        self._unanswered: dict[int, bool] = {}  # sequences without a token, by arrival, and whether they are resumed
         self._computing: frozenset[int] = frozenset()  # of those, as the connection broke
         self._task = asyncio.create_task(self._keep_up())
 
@@ -82,7 +82,7 @@ class Lane:
         client = self._client
         if client is None:
             raise WorkerLost(f"worker {self.member.name} is not connected", False)
-        ticket = self._enter()
+        ticket = self._enter(request.resumed)
         left = len(request.prompt) + min(request.sampling.max_tokens, UNKNOWN_LENGTH)
         self.outstanding += left
         first = len(request.prompt)  # the first output says that the prompt is done
@@ -115,9 +115,9 @@ class Lane:
             await client.close()
         self._idle.set()  # whoever lingers need not wait for readers that have not looked yet
 
-    def _enter(self) -> int:
+    def _enter(self, resumed: bool) -> int:
         ticket = next(self._tickets)
-        self._unanswered[ticket] = None
+        self._unanswered[ticket] = resumed
         self.sequences += 1
         self._idle.clear()
         return ticket
@@ -132,10 +132,12 @@ class Lane:
         if client is not self._client:  # another sequence noticed first, or the lane is closed
             return
         logger.warning("worker %s lost: %s", self.member.name, reason)
-        # Engines take their sequences in the order of arrival, so that those that wait are our last ones. With other
-        # ingresses beside us some of them are not ours: then too few of ours count as being computed, never too many.
+        # Engines take their sequences in the order of arrival, resumed ones first, so that those that wait are our last
+        # ones. With other ingresses beside us some of them are not ours: then too few of ours count as being computed,
+        # never too many.
         began = max(0, len(self._unanswered) - client.load.waiting)
-        self._computing = frozenset() if self._closing else frozenset(itertools.islice(self._unanswered, began))
+        in_turn = sorted(self._unanswered, key=lambda ticket: not self._unanswered[ticket])
+        self._computing = frozenset() if self._closing else frozenset(in_turn[:began])
         self._client = None
         self._broken.set()
 

@@ -51,6 +51,7 @@ class Router:
         self._recovery_timeout_s = recovery_timeout_s
         self._lanes = Lanes(connect, self._now_s)
         self._prefixes = PrefixMemory()
+        self._heirs: Set[tuple[str, str]] = frozenset()  # as last told, of devices that left
 
     @property
     def lanes(self) -> Collection[Lane]:
@@ -88,7 +89,11 @@ class Router:
         OperatorError
             Two members share a name; nothing is changed.
         """
-        self._lanes.update(members, awaited, heirs or {})
+        heirs = heirs or {}
+        for device, heir in heirs.items() - self._heirs:
+            self._prefixes.inherit(device, heir)
+        self._heirs = frozenset(heirs.items())
+        self._lanes.update(members, awaited, heirs)
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """Outputs of a sequence up to its end, whatever workers come and go meanwhile.
@@ -118,7 +123,6 @@ class Router:
                 way.home, way.lost = lane.member.device, lane
                 if last := way.state.lost(e, self._now_s()):
                     yield last
-        self._prefixes.remember(way.state.tokens, way.home)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -134,7 +138,10 @@ class Router:
                     way.avoid.clear()  # whoever was full then may be the one that has its KV now
                 if output.finish_reason == "moved":
                     self._move(lane.member.device, way, output.moved_to)
-                if noted := way.state.note(output):
+                noted = way.state.note(output)
+                if way.state.finished:  # before its reader has that: nobody asks for more
+                    self._prefixes.remember(way.state.tokens, lane.member.device)
+                if noted:
                     yield noted
         if not way.moved:
             way.home = lane.member.device

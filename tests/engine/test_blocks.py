@@ -332,6 +332,15 @@ def test_blocks_of_another_worker_go_last_and_begin_before_end() -> None:
     assert blocks.give_up(1) == ShrinkRefused(0, 1)
 
 
+def test_what_is_touched_goes_last() -> None:
+    blocks = BlockManager([1], SIZE)
+    blocks.adopt([(block, BlockRecord(ROOT, (block,) * 3)) for block in (7, 8, 9)])
+    assert blocks.allocate("a", [9, 9, 9, 9]) == 3
+    blocks.touch([8, 9, 7, 1])
+    blocks.release("a")
+    assert blocks.give_up(4) == [1, 8, 7, 9]
+
+
 def test_what_is_here_already_is_adopted_as_free() -> None:
     blocks = BlockManager([5, 6], SIZE)
     computed(blocks, "a", [1, 2, 3])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from concertina.errors import InternalError, OperatorError
+from concertina.errors import InternalError, OperatorError, PeerLost
 from concertina.workers.engine.core import EngineConfig
 from concertina.workers.engine.engine import Engine
 from concertina.workers.engine.errors import InvalidRequest, NeverFits, QueueFull
@@ -221,6 +221,24 @@ def test_an_error_in_the_model_propagates_and_no_sequence_is_lost() -> None:
     decoder.hook = lambda batch: None
     drain(engine, collected)
     assert collected.tokens["a"] == expected_greedy([1, 2, 3], 9)
+
+
+def test_what_ended_before_a_step_that_fails_is_reported_all_the_same() -> None:
+    def fail(batch: Batch) -> None:
+        raise PeerLost(0, "its process ended")
+
+    decoder = FakeDecoder()
+    engine = solo(decoder=decoder)
+    for name in "ab":
+        engine.submit(request(name, [1, 2, 3], max_tokens=9))
+    collected = Collected()
+    collected.emit(engine.step())
+    engine.abort("b")
+    decoder.hook = fail
+    with pytest.raises(PeerLost):
+        engine.run(collected.emit)
+    decoder.hook = lambda batch: None
+    assert drain(engine, collected).ends["b"].finish_reason == "abort"
 
 
 def test_sequences_go_on_after_recovery_and_keep_their_kv() -> None:

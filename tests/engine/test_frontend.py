@@ -418,7 +418,8 @@ def test_an_address_in_use_is_an_operators_error() -> None:
 
 
 def test_wire_forms_come_back_unchanged() -> None:
-    r = EngineRequest("x", (1, 2), SamplingParams(stop_token_ids=(3, 4), seed=2**64 - 1, logprobs=2, min_p=0.5))
+    sampling = SamplingParams(stop_token_ids=(3, 4), seed=2**64 - 1, logprobs=2, min_p=0.5)
+    r = EngineRequest("x", (1, 2), sampling, resumed=True)
     assert request_from_wire(frames.unpack(frames.pack({"op": "", "r": request_to_wire(r)})[4:])["r"]) == r
     logprobs = (TokenLogprob(-0.5, ((1, -0.5), (2, -3.0))), TokenLogprob(-1.0))
     for o in (

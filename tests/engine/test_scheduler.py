@@ -44,9 +44,14 @@ class Machine(RuleBasedStateMachine):
         self.count = 0
         self.finished: list[Sequence] = []
 
-    @rule(prompt=st.lists(st.integers(0, 2), min_size=1, max_size=18), max_tokens=st.integers(1, 8))
-    def submit(self, prompt: list[int], max_tokens: int) -> None:
+    @rule(
+        prompt=st.lists(st.integers(0, 2), min_size=1, max_size=18),
+        max_tokens=st.integers(1, 8),
+        resumed=st.booleans(),
+    )
+    def submit(self, prompt: list[int], max_tokens: int, resumed: bool) -> None:
         seq = sequence(f"r{self.count}", prompt, max_tokens)
+        seq.resumed = resumed
         self.count += 1
         total = len(prompt) + max_tokens
         try:
@@ -54,7 +59,8 @@ class Machine(RuleBasedStateMachine):
         except NeverFits:
             assert total > 16 or -(-(total - 1) // SIZE) > self.scheduler.blocks.capacity
         except QueueFull:
-            assert len(self.live) == self.config.max_running + self.config.max_waiting
+            assert not resumed
+            assert len(self.live) >= self.config.max_running + self.config.max_waiting
         else:
             assert total <= 16
             self.live[seq.id] = seq
@@ -103,8 +109,7 @@ class Machine(RuleBasedStateMachine):
         assert all(chunk.count >= 1 for chunk in chunks)
         assert len({chunk.seq.id for chunk in chunks}) == len(chunks)
         assert bool(chunks) == bool(self.live), "somebody must go on in every step"
-        earliest = min((seq.arrival for seq in self.live.values()), default=None)
-        assert not chunks or earliest in [chunk.seq.arrival for chunk in chunks]
+        assert not chunks or self.scheduler.sequences[0] in [chunk.seq for chunk in chunks]
         if not self.config.chunked_prefill:
             assert all(chunk.samples for chunk in chunks)
 
@@ -122,8 +127,10 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         assert {seq.id for seq in self.scheduler.sequences} == set(self.live)
-        arrivals = [seq.arrival for seq in self.scheduler.sequences]
-        assert arrivals == sorted(arrivals)
+        waiting = [seq for seq in self.scheduler.sequences if isinstance(seq.state, Waiting)]
+        assert [seq.begun for seq in waiting] == sorted((seq.begun for seq in waiting), reverse=True)
+        fresh = [seq.arrival for seq in waiting if not seq.begun]
+        assert fresh == sorted(fresh)
         load = self.scheduler.load
         assert load.running <= self.config.max_running
         assert load.waiting + load.running == len(self.live)
@@ -227,6 +234,20 @@ def test_a_prompt_preempted_between_its_chunks_goes_on_where_it_was() -> None:
     assert [advance(s), advance(s)] == [[("a", 0, 4)], [("a", 4, 4)]]
     s.preempt_until(9)
     assert advance(s) == [("a", 8, 2)]
+
+
+def test_what_another_worker_had_begun_is_not_refused_and_comes_before_newcomers() -> None:
+    s = scheduler(20, max_running=1, max_waiting=1)
+    s.add(sequence("a", [1], 2))
+    advance(s)
+    s.add(sequence("b", [1], 2))
+    for name in "cd":
+        seq = sequence(name, [1], 2)
+        seq.resumed = True
+        s.add(seq)
+    assert [seq.id for seq in s.sequences] == ["a", "c", "d", "b"]
+    s.preempt_until(20)
+    assert [seq.id for seq in s.sequences] == ["a", "c", "d", "b"]
 
 
 def test_refusals_name_the_limit() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from concertina.orchestrator.demo import free_port
 from concertina.orchestrator.ingress.settings import IngressSettings
 from concertina.orchestrator.status import MemberList, WorkerAddress
 from openai import APIError, BadRequestError, OpenAI
@@ -45,8 +46,7 @@ def port(checkpoint: Path, engines: list[ToyEngine]) -> Iterator[int]:
     from concertina.orchestrator.ingress.deployment import ActorMembers, Lifeline, build_ingress
     from ray import serve
 
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = int(free.getsockname()[1])
+    port = free_port()
     ray.init(num_cpus=2, include_dashboard=False, namespace="test", log_to_driver=False)
     try:
 

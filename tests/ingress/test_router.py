@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -82,6 +83,43 @@ def reference(request: EngineRequest) -> list[int]:
     for _ in range(request.sampling.max_tokens):
         tokens.append(walk(tokens, request.sampling.seed or 0))
     return tokens[len(request.prompt) :]
+
+
+def test_only_what_a_worker_had_accepted_is_resumed_elsewhere() -> None:
+    async def main() -> None:
+        full, leaver, _ = workers = [ToyWorker(name, device=name) for name in ("full", "leaver", "heir")]
+        full.refuse = QueueFull("full")
+        router = await routed(workers)
+        router.update([replace(worker.member, speed=10.0**-i) for i, worker in enumerate(workers)])
+        leaver.hand_over("heir")
+        assert tokens_of(await collect(router, ask())) == reference(ask())
+        assert [[request.resumed for request in worker.requests] for worker in workers] == [[False], [False], [True]]
+        await router.close()
+
+    run(main())
+
+
+def test_what_a_device_had_computed_is_known_to_be_its_heirs() -> None:
+    """Also what was generated, and if no sequence ran there as it left."""
+
+    async def main() -> None:
+        workers = [ToyWorker(name, device=name) for name in ("a", "b", "c")]
+        router = await routed(workers)
+        router.update([workers[0].member])
+        prompt = tuple(range(5, 5 + BLOCK // 2))
+        async with aclosing(router.stream(ask("first", prompt, max_tokens=BLOCK))) as outputs:
+            tokens = [*prompt]
+            async for output in outputs:  # its reader stops at the last one
+                tokens += output.token_ids
+                if output.finish_reason:
+                    break
+        router.update([worker.member for worker in workers[1:]], heirs={"a": "c"})
+        await until(lambda: all(lane.connected for lane in router.lanes))
+        await collect(router, ask("second", tokens))
+        assert [len(worker.requests) for worker in workers] == [1, 0, 1]
+        await router.close()
+
+    run(main())
 
 
 def test_streams_to_the_end() -> None:

@@ -154,11 +154,11 @@ def _prepare(world: World, effect: Prepare) -> Deed:
     if generation in worker.abandoned or worker.retired or worker.failed:
         raise Trouble(f"{worker.name}: {worker.failed or 'abandoned or retired'}")
     layout, rank = world.records[generation].layout, world.records[generation].rank_of(worker.name)
-    for pool in {layout.device_pool(rank), node_pool(layout.seats[rank].node)}:
+    for pool in sorted({layout.device_pool(rank), node_pool(layout.seats[rank].node)}):
         yield from answering_owner(world, pool)
     worker.joining[generation] = _map(world, worker, generation)
     try:
-        yield from _meet(world, generation)
+        yield from _meet(world, worker, generation)
         part = worker.joining[generation]
         if generation in worker.abandoned:
             raise Trouble("abandoned while it joined")
@@ -169,12 +169,14 @@ def _prepare(world: World, effect: Prepare) -> Deed:
         worker.let_go_if_idle()
 
 
-def _meet(world: World, generation: int) -> Deed:
+def _meet(world: World, worker: Worker, generation: int) -> Deed:
     """Until all members have joined."""
     members = world.records[generation].workers
     patience_s = world.now_s + JOIN_S
     while not all(world.with_it(name, generation) for name in members):
         yield CALLED
+        if generation in worker.abandoned:
+            raise Trouble("abandoned while it joined")
         if world.now_s > patience_s:
             raise Trouble("a peer did not join")
 
@@ -185,7 +187,7 @@ def _map(world: World, worker: Worker, generation: int) -> Part:
     device, name = layout.device_pool(rank), layout.devices[rank]
     wanted = {p: {r.key for r in rs} for p, rs in layout.extents(generation).items()}
     keys: dict[Pool, frozenset[str]] = {}
-    for pool_name in {device, node_pool(layout.seats[rank].node)}:
+    for pool_name in sorted({device, node_pool(layout.seats[rank].node)}):
         pool = owner(world, pool_name)
         keys[pool] = frozenset(key for key in wanted[pool_name] if not key.startswith("kv/"))
         if not wanted[pool_name] <= set(pool.extents):

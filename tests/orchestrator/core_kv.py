@@ -8,7 +8,7 @@ from concertina.orchestrator.core.facts import HandOver, ResizeKV
 from concertina.workers.generation import kv_key
 
 from .core_calls import BETWEEN, CALLED, Deed, answering, answering_owner, kv_of
-from .core_processes import KV, Pool, Worker, must
+from .core_processes import KV, Pool, Trouble, Worker, must
 
 if TYPE_CHECKING:
     from .core_world import World
@@ -50,7 +50,9 @@ def hand_over(world: World, effect: HandOver) -> Deed:
     key = kv_key(effect.device)
     yield BETWEEN
     heir, pool = world.workers.get(effect.heir), world.owners.get(effect.pool)
-    if heir is not None and pool is not None and key in pool.extents:
+    if heir is None:
+        raise Trouble(f"{effect.heir}: its process ended")
+    if pool is not None and key in pool.extents:
         yield from _inherit(world, heir, pool, key)
     yield BETWEEN
     for leaver in list(world.workers.values()):

@@ -133,6 +133,8 @@ class Worker:
             self.kv.device if self.kv else "",
             self.kv.blocks if self.kv else 0,
             self.failed,
+            joining=frozenset(self.joining.keys() - self.abandoned),
+            abandoned=max(self.abandoned, default=0),
         )
 
     def maps(self, pool: Pool, key: str) -> bool:

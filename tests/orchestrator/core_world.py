@@ -8,6 +8,7 @@ take milliseconds, and a successor needs seconds to start.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -72,7 +73,8 @@ class World:
     formed: bool = False  # the coming generation is past filling
     stuck: set[str] = field(default_factory=set)  # workers and pools whose process hangs while it starts
     lost_pools: set[str] = field(default_factory=set)
-    undisturbed: bool = False  # a generation runs, and nothing has been done to it since it began to
+    undisturbed: bool = False  # the latest generation runs, and nothing has been done to it since it began to
+    latest: int = 0  # that made steps
     _seen: dict[str, WorkerFact] = field(default_factory=dict)
     _ghosts: dict[str, tuple[WorkerFact, float]] = field(default_factory=dict)
 
@@ -143,7 +145,9 @@ class World:
 
     def double(self, effect: Effect) -> None:
         """Have an effect carried out twice."""
-        if not isinstance(effect, _AT_ONCE):
+        if isinstance(effect, _AT_ONCE):
+            self._finish(deed(self, effect))
+        else:
             self.orphans.append(_one_call(deed(self, effect)))
 
     def advance_orphan(self, orphan: Deed) -> None:
@@ -308,9 +312,11 @@ class World:
     def check(self) -> None:
         """What holds at every moment."""
         stepping = {g for g in self.running() if self.steps(g)}
-        must(len(stepping) < 2, f"C10: generations {stepping} run at once")
+        members = Counter(worker for g in stepping for worker in self.records[g].layout.devices)
+        must(max(members.values(), default=0) < 2, f"C10: generations {stepping} run at once")
         must(bool(stepping) or not self.undisturbed, "C10: nobody serves, though nothing happened to the generation")
-        self.undisturbed = self.undisturbed or bool(stepping)
+        self.latest = max(self.latest, *stepping, 0)
+        self.undisturbed = self.undisturbed or self.latest in stepping
         for pool in self.owners.values():
             pool.check()
 

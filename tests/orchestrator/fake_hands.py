@@ -142,6 +142,7 @@ class FakeWorker:
     stopped: bool = False
     limits_s: list[float | None] = field(default_factory=list)
     limited: asyncio.Event = field(default_factory=asyncio.Event)
+    abandoned: int = 0
 
     async def _alive(self) -> None:
         while self.hangs and not self.dead:
@@ -161,6 +162,7 @@ class FakeWorker:
     async def abandon(self, generation: int) -> WorkerReport:
         await self._alive()
         self.ready.discard(generation)
+        self.abandoned = max(self.abandoned, generation)
         return await self.report()
 
     async def commit(self, generation: int, heir: str = "") -> WorkerReport:
@@ -245,6 +247,7 @@ class FakeWorker:
             load=self.load,
             serial=next(self.serials),
             address=(self.config.host, 9000 + self.number) if self.serving or self.retired else None,
+            abandoned=self.abandoned,
         )
 
     async def watch(self, seen: WorkerReport, timeout_s: float) -> WorkerReport:

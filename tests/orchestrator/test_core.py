@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from concertina.orchestrator.core.facts import (
+    Abandon,
     Commit,
     Free,
     HandOver,
@@ -17,6 +18,7 @@ from concertina.orchestrator.core.facts import (
     StartOwner,
     StartWorker,
     StopOwner,
+    StopWorker,
     WorkerFact,
 )
 from concertina.orchestrator.core.inventory import Entry, Inventory, Kind
@@ -106,6 +108,31 @@ def test_nobody_offers_what_a_member_has_not_prepared():
     state, snapshot = _switching(WorkerFact("a"))
     state = replace(state, pending=replace(state.pending, stage=Stage.FILL))
     assert step(state, snapshot).effects == (Prepare("worker-1", 2),)
+
+
+def test_who_is_being_told_to_prepare_what_is_given_up_is_told_so_first():
+    """Also where nobody has prepared it yet, and by a controller that does not know whom an earlier one had told."""
+    state, snapshot = _switching(WorkerFact("a"))
+    doomed = replace(state, pending=replace(state.pending, stage=Stage.PREPARE, doomed="canceled"))
+    serving = replace(snapshot.workers["worker-0"], prepared=frozenset())
+    for busy, joining in ((frozenset({Prepare("worker-1", 2)}), frozenset()), (frozenset(), frozenset({2}))):
+        joiner = WorkerFact("a", joining=joining)
+        seen = replace(snapshot, workers={"worker-0": serving, "worker-1": joiner}, busy=busy)
+        decided = step(doomed, seen)
+        assert decided.state.attempts == 0
+        assert Abandon("worker-1", 2) in decided.effects
+        told = replace(joiner, joining=frozenset(), abandoned=2)  # it may go on for a while
+        assert step(doomed, replace(seen, workers={**seen.workers, "worker-1": told})).state.attempts == 1
+
+
+def test_nobody_who_is_being_stopped_gets_a_role():
+    state, snapshot = _at_rest("shared", 2)
+    idle = {f"worker-{i}": WorkerFact("a") for i in (2, 3)}
+    seen = replace(snapshot, workers={**snapshot.workers, **idle}, busy=frozenset({StopWorker("worker-2")}))
+    asked = request(state, "scale", "3 workers", (make_layout([*TWO, ("cpu-2", "a")]),), 0.0)
+    pending = step(asked, seen).state.pending
+    assert pending is not None
+    assert pending.record.workers == ("worker-0", "worker-1", "worker-3")
 
 
 def test_kv_whose_extent_has_too_many_pages_is_made_to_agree():

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import count
-from math import inf
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from concertina.orchestrator.status import OperationStatus
 from concertina.planners.cluster import Device
 from concertina.planners.model import ModelSpec
 from concertina.planners.placement import Placement
-from concertina.workers.generation import AT_SWITCH_BLOCKS
+from concertina.workers.generation import AT_SWITCH_BLOCKS, LEDGER_KEY, kv_key
 from concertina.workers.protocol import EngineLoad
 
 from ..checkpoints import make_checkpoint
@@ -173,7 +173,13 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(checkpoint: Path) -> N
     async def go() -> None:
         async with controlled(checkpoint, 2) as (controller, _, token):
             for call, says in (
-                (controller.scale(token, 0), "workers: 0"),
+                (controller.scale(token, 0), "workers: 0; expected a whole number of at least 1"),
+                (controller.scale(token, 2.5), "workers: 2.5; expected"),
+                (controller.scale(token, True), "workers: True; expected"),
+                (controller.scale(token, "3"), "workers: '3'; expected"),
+                (controller.drain(token, "cpu-0", -1.0), "deadline: -1.0; expected seconds, 0 or more"),
+                (controller.drain(token, "cpu-0", nan), "deadline: nan; expected"),
+                (controller.drain(token, "cpu-0", "60"), "deadline: '60'; expected"),
                 (controller.rebalance(token), "too few tokens"),
                 (controller.drain(token, "cpu-9"), "cpu-9"),
                 (controller.scale(token, 100_000), "workers: 100000; expected at most 64"),
@@ -555,6 +561,48 @@ def test_kv_that_cannot_be_handed_over_is_let_go(checkpoint: Path, mode: str, re
     asyncio.run(go())
 
 
+@pytest.mark.parametrize("end", ["stops", "dies"])
+def test_a_hand_over_that_its_heir_does_not_end_is_begun_again(checkpoint: Path, end: str) -> None:
+    """By its successor, if it has died; until then the leaver keeps its sequences, and its KV stays."""
+
+    async def go() -> None:
+        async with controlled(checkpoint, 2, memory_mode="separate") as (controller, hands, token):
+            heir, leaver = hands.workers
+            hands.faults.held.add("adopt_kv")
+            drained = await controller.drain(token, "cpu-1")
+            await until(lambda: heir.limits_s)
+            if end == "dies":
+                heir.dead = True
+                hands.faults.errors["adopt_kv"] = InternalError("its process ended")
+            else:
+                heir.parked = "PeerLost"
+            kept = next(owner for owner in hands.owners if owner.config_.name.endswith("cpu-1"))
+            hands.faults.held.clear()
+            await until(lambda: controller._state.broken or controller._state.pending)
+            hands.faults.errors.clear()
+            assert leaver.released_to is None
+            assert kv_key("cpu-1") in kept.extents
+            assert (await done(controller, token, drained)).state == "done"
+            assert leaver.released_to == "cpu-0"
+            assert sum(len(worker.limits_s) for worker in hands.workers) > 1
+
+    asyncio.run(go())
+
+
+def test_who_lost_its_device_to_another_worker_sends_its_clients_there(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 3) as (controller, hands, _):
+            lost = hands.workers[1]
+            lost.serving, lost.retired = 0, 7  # as if told to go to a generation that was withdrawn then
+            for peer in (hands.workers[0], hands.workers[2]):
+                peer.parked = "PeerLost"
+            await until(lambda: lost.released_to is not None)
+            assert lost.released_to == "cpu-1"
+            await until(lambda: len(controller._members.workers) == 3)
+
+    asyncio.run(go())
+
+
 def test_a_hand_over_that_is_begun_again_has_the_same_heir(checkpoint: Path) -> None:
     """The controller was killed in it, when pages were the heir's already and it had not mapped them."""
 
@@ -607,6 +655,46 @@ def test_a_drained_node_gets_no_workers_until_it_is_undrained(checkpoint: Path) 
             assert (await controller.status()).cordoned == ()
             await done(controller, token, await controller.scale(token, 5))
             assert await nodes() == {"here", "there"}
+
+    asyncio.run(go())
+
+
+def test_all_devices_go_to_another_node_at_once(checkpoint: Path) -> None:
+    """Every node that serves is drained, and another one has joined: nobody who was there stays."""
+
+    async def go() -> None:
+        elsewhere = NodeInfo("elsewhere", "10.0.0.3", 4, 1 << 30)
+        async with controlled(checkpoint, 2, HERE, THERE) as (controller, hands, token):
+            hands.faults.held.add("prepare")
+            await controller.drain(token, "here")
+            await until(lambda: "prepare" in hands.faults.calls)
+            drained = await controller.drain(token, "there")
+            hands.faults.held.clear()
+            assert (await done(controller, token, drained)).state == "done"
+            hands.alive = [HERE, THERE, elsewhere]
+            for workers in (2, 3):
+                assert (await done(controller, token, await controller.scale(token, workers))).state == "done"
+                status = await controller.status()
+                assert [worker.node for worker in status.workers] == ["elsewhere"] * workers
+            assert len(serving(hands)) == 3
+
+    asyncio.run(go())
+
+
+def test_memory_of_a_node_that_was_silent_is_given_back_when_it_is_there_again(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 2, HERE, THERE) as (controller, hands, _):
+            hands.alive = [HERE]
+            await until(lambda: controller._state.broken)
+            hands.workers[0].parked = "PeerLost"
+            await until(lambda: hands.workers[0].serving > 1 and not controller._state.broken)
+            (lost,) = [owner for owner in hands.owners if owner.config_.name.endswith("/there")]
+            assert lost.extents
+            assert not lost.dead
+            hands.alive = [HERE, THERE]
+            await until(lambda: lost.dead)
+            assert set(lost.extents) <= {LEDGER_KEY}
+            assert await devices(controller) == ["cpu-0"]
 
     asyncio.run(go())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from concertina.errors import OperatorError
+from concertina.orchestrator import remote
 from concertina.orchestrator.api import Deployment
 from concertina.orchestrator.cli import main as entry
 from concertina.orchestrator.cli import operation_run, operation_view
@@ -54,6 +56,21 @@ def test_what_is_asked_for(monkeypatch: pytest.MonkeyPatch, arguments: str, aske
     assert controller.asked == [asked]
     assert "2 -> 3 workers: " in done.output
     assert "after 1.4 s" in done.output
+
+
+def test_who_asks_to_wait_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controller answers at the operation's end, or after ``wait_s``."""
+    install(monkeypatch, FakeController(RUNNING))
+    given_s: list[float | None] = []
+
+    def ask(call: Callable[[], Any], timeout_s: float | None = None) -> Any:
+        given_s.append(timeout_s)
+        return call()
+
+    monkeypatch.setattr(remote, "ask", ask)
+    Deployment("mine").operation("op-1", 300.0)
+    assert given_s[-1] is not None
+    assert given_s[-1] > 300.0
 
 
 def test_waiting_shows_phases_and_says_how_long_it_took(monkeypatch: pytest.MonkeyPatch) -> None:

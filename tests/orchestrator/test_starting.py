@@ -59,8 +59,8 @@ def test_who_has_no_process_yet_is_waited_for() -> None:
         async def answering() -> None:
             await answer.wait()
 
-        waiting = asyncio.create_task(started(cast(Any, hands), "worker-0", "worker-0", START_S / 10, answering()))
-        await until(lambda: hands.looks > 50)
+        waiting = asyncio.create_task(started(cast(Any, hands), "worker-0", "worker-0", START_S, answering()))
+        await until(lambda: hands.looks > 12)
         assert not waiting.done()
         answer.set()
         await waiting
@@ -134,15 +134,34 @@ def test_one_that_hangs_while_it_starts_is_replaced(checkpoint: Path) -> None:
 
 def test_one_for_whom_there_is_no_room_yet_keeps_its_operation_waiting(checkpoint: Path) -> None:
     async def go() -> None:
-        async with controlled(checkpoint, 1, start_timeout_s=START_S / 10) as (controller, hands, token):
+        async with controlled(checkpoint, 1, start_timeout_s=START_S) as (controller, hands, token):
             hands.placed = False
             hands.faults.held.add("start_worker")
             operation = await controller.scale(token, 2)
-            await until(lambda: hands.looks > 50)
+            await until(lambda: hands.looks > 12)
             assert (await controller.operation(token, operation.id)).state == "running"
             assert not hands.killed
             hands.faults.held.clear()
             assert (await done(controller, token, operation)).state == "done"
+
+    asyncio.run(go())
+
+
+def test_one_for_whom_there_never_is_room_fails_its_operation(checkpoint: Path) -> None:
+    """At once, without another attempt; the deployment serves on, and the next operation has its way."""
+
+    async def go() -> None:
+        async with controlled(checkpoint, 1, start_timeout_s=START_S / 10) as (controller, hands, token):
+            hands.placed = False
+            hands.faults.held.add("start_worker")
+            ended = await done(controller, token, await controller.scale(token, 2))
+            assert ended.state == "failed"
+            assert ended.reason.startswith("cluster: no process came for worker-1 on node here in 0.1 s")
+            assert set(hands.killed) == {"worker-1"}
+            assert await devices(controller) == ["cpu-0"]
+            hands.placed = True
+            hands.faults.held.clear()
+            assert (await done(controller, token, await controller.scale(token, 2))).state == "done"
 
     asyncio.run(go())
 

@@ -451,8 +451,10 @@ def test_abandoned_while_it_joins(make_site: MakeSite, hire: Hire, monkeypatch: 
     for thread in threads:
         thread.start()
     assert joining.wait(20)
+    assert worker.worker.report().joining == {slow.generation.id}
     worker.worker.abandon(slow.generation.id)
-    assert worker.worker.report().prepared == frozenset()
+    report = worker.worker.report()
+    assert (report.prepared, report.joining, report.abandoned) == (frozenset(), frozenset(), slow.generation.id)
     worker.worker.prepare(quick)
     worker.worker.abandon(quick.generation.id)
     gate.set()

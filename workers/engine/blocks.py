@@ -227,6 +227,13 @@ class BlockManager:
         self._reserved.update(blocks)
         return blocks
 
+    def touch(self, blocks: Iterable[int]) -> None:
+        """Those that are cached count as used just now, the last one most recently."""
+        for block in blocks:
+            if block in self._idle:
+                del self._idle[block]
+                self._let_go(block)
+
     def give_up(self, count: int) -> list[int] | ShrinkRefused:
         """Part with blocks: free ones, then cached ones. Refused, and nothing changed, if too many are in use."""
         if count > self.available:

@@ -178,6 +178,10 @@ class Engine:
         """`EngineCore.reserve` at the next boundary: up to ``count`` blocks to fill and give to `adopt`."""
         return self._call_core(lambda: self._core.reserve(count))
 
+    def touch(self, blocks: Iterable[int]) -> None:
+        """At the next boundary, have blocks that are cached count as used just now, the last one most recently."""
+        self._call_core(lambda: self._core.scheduler.blocks.touch(blocks))
+
     def await_submissions(self, count: int, limit_s: float) -> None:
         """In the loop's thread: return once ``count`` requests were queued in all, or after ``limit_s``."""
         end_s = self._clock() + limit_s
@@ -265,7 +269,8 @@ class Engine:
             return _Turn(self._drain(), end="stopped")
         if change is not None:  # the new members agree on their first step among themselves
             return _Turn(self._drain())
-        return _Turn(self._drain() + (self._forward() if busy else []), idle=not busy)
+        outputs = self._forward() if busy else []
+        return _Turn(self._drain() + outputs, idle=not busy)  # drained last: what fails before loses none of them
 
     def _row(self) -> Row:
         with self._lock:

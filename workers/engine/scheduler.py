@@ -1,10 +1,10 @@
 """Which tokens run in the next step: continuous batching over paged KV. Pure; no tensors, clock or randomness.
 
-Sequences run in the order of arrival: everyone who runs arrived before everyone who waits. Each step takes, within a
-budget of tokens, first one token of every sequence that decodes, then the rest of prompts already begun, then new
-sequences. When blocks run out the latest arrival gives its blocks back and waits again; it keeps its tokens. The
-earliest arrival can therefore always go on, it fits the pool alone (others are refused on arrival), and so
-every sequence ends.
+Sequences run in the order of arrival, but for those that another worker had begun: they come before all that have
+never run. Each step takes, within a budget of tokens, first one token of every sequence that decodes, then the rest of
+prompts already begun, then new sequences. When blocks run out, who was admitted last gives its blocks back and waits
+again; it keeps its tokens. Who was admitted first can therefore always go on, it fits the pool alone (others are
+refused on arrival), and so every sequence ends.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Scheduler:
         self.blocks = blocks
         self.preemptions = 0
         self._by_id: dict[str, Sequence] = {}
-        self._waiting: deque[Sequence] = deque()  # by arrival, as is _running
+        self._waiting: deque[Sequence] = deque()  # by arrival, but those that have begun come first
         self._running: list[Sequence] = []
         self._arrivals = 0
 
@@ -91,7 +91,7 @@ class Scheduler:
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:
-        """All sequences that have not ended, by arrival."""
+        """All sequences that have not ended, in the order in which they are served."""
         return (*self._running, *self._waiting)
 
     def add(self, seq: Sequence) -> None:
@@ -104,17 +104,18 @@ class Scheduler:
         NeverFits
             It is longer than the context or than the whole pool.
         QueueFull
-            ``max_running + max_waiting`` sequences are here already.
+            ``max_running + max_waiting`` sequences are here already, and it is not resumed.
         """
         if seq.id in self._by_id:
             raise InvalidRequest(f"id: {seq.id!r} belongs to a request that has not ended")
         self._check_fits(seq)
-        if len(self._by_id) >= self.config.max_running + self.config.max_waiting:
+        if not seq.resumed and len(self._by_id) >= self.config.max_running + self.config.max_waiting:
             raise QueueFull(f"{len(self._by_id)} requests are here already; try again later")
         seq.arrival = self._arrivals
         self._arrivals += 1
         self._by_id[seq.id] = seq
-        self._waiting.append(seq)
+        begun = sum(other.begun for other in self._waiting) if seq.resumed else len(self._waiting)
+        self._waiting.insert(begun, seq)
 
     def schedule(self) -> list[Chunk]:
         """Choose the next step's tokens and give them blocks."""
@@ -158,7 +159,7 @@ class Scheduler:
     def preempt(self, seq: Sequence) -> None:
         """Take a running sequence's blocks; it waits, keeps its tokens and is computed again later.
 
-        Only the latest of the running ones may be chosen, which keeps both queues in order of arrival.
+        Only the latest of the running ones may be chosen, which keeps both queues in order.
         """
         seq.to(Waiting(preempted=True))
         self._running.remove(seq)
@@ -167,7 +168,7 @@ class Scheduler:
         self.preemptions += 1
 
     def preempt_until(self, available: int) -> None:
-        """Send the latest arrivals back to wait until so many blocks can be had, or nobody runs."""
+        """Send those admitted last back to wait until so many blocks can be had, or nobody runs."""
         while self._running and self.blocks.available < available:
             self.preempt(self._running[-1])
 

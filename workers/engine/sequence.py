@@ -55,7 +55,9 @@ class Sequence:
     stop_ids : frozenset of int
         Ids that end it, end-of-sequence included unless ignored.
     arrival : int
-        Position in the order of submission; earlier ones are served first.
+        Position in the order of submission.
+    resumed : bool
+        See `EngineRequest`.
     cached_tokens : int
         Prompt tokens found in the prefix cache when it was first admitted; -1 before that.
     """
@@ -68,13 +70,20 @@ class Sequence:
     stop_ids: frozenset[int] = frozenset()
     arrival: int = 0
     cached_tokens: int = -1
+    resumed: bool = False
     state: State = field(default_factory=Waiting)
 
     @classmethod
     def from_request(cls, request: EngineRequest, seed: int, eos_ids: tuple[int, ...]) -> Sequence:
         sampling = request.sampling
         stop_ids = frozenset(sampling.stop_token_ids + (() if sampling.ignore_eos else eos_ids))
-        return cls(request.id, list(request.prompt), len(request.prompt), sampling, seed, stop_ids)
+        prompt = list(request.prompt)
+        return cls(request.id, prompt, len(prompt), sampling, seed, stop_ids, resumed=request.resumed)
+
+    @property
+    def begun(self) -> bool:
+        """It has been computed here, or may have been elsewhere: it comes before those that have not."""
+        return self.resumed or not (isinstance(self.state, Waiting) and not self.state.preempted)
 
     @property
     def generated(self) -> int:
