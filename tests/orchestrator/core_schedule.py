@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from math import inf
+from typing import get_args
 
 from concertina.errors import OperatorError
 from concertina.orchestrator.core.attempts import opens_s
@@ -15,7 +16,7 @@ from concertina.orchestrator.core.facts import Commit, Effect, Free, Prepare, Sn
 from concertina.orchestrator.core.layout import Layout, MemoryMode
 from concertina.orchestrator.core.leftovers import heirs_at_switch
 from concertina.orchestrator.core.operations import cancel, request
-from concertina.orchestrator.core.state import Stage, State
+from concertina.orchestrator.core.state import Leaving, OperationKind, Stage, State
 from concertina.orchestrator.core.step import step
 
 from .core_layouts import family
@@ -39,7 +40,7 @@ class Schedule:
     """
 
     def __init__(self, seed: int, *, faults: bool = True) -> None:
-        self.seed, self.log = seed, list[str]()
+        self.seed, self.faults, self.log = seed, faults, list[str]()
         self.order = order = random.Random(seed)
         mode: MemoryMode = order.choice(("shared", "separate"))
         self.faults_left = order.randint(1, _FAULTS) if faults else 0
@@ -73,7 +74,7 @@ class Schedule:
                 self.world.check()
             self.rest()
         except Exception as e:
-            again = f"python -m tests.orchestrator.test_simulation {self.seed}"
+            again = f"python -m tests.orchestrator.test_simulation {self.seed}{'' if self.faults else ' --no-faults'}"
             raise Violation(f"seed {self.seed}: {e!r}; its trace: {again}") from e
         return self
 
@@ -195,17 +196,25 @@ class Schedule:
         return self.order.choice([layout for layout in self.layouts if set(layout.nodes) <= known])
 
     def _request(self) -> None:
-        self.ask("scale", tuple(self._reachable() for _ in range(self.order.choice((1, 1, 1, 2)))))
+        """Any layout may be what some operation leads to; a drain also says until when, and names a node."""
+        order, route = self.order, tuple(self._reachable() for _ in range(self.order.choice((1, 1, 1, 2))))
+        kind, leaving = order.choice(get_args(OperationKind)[1:]), None
+        if kind == "drain":
+            until_s = {device: self.world.now_s + 1.0 for device in route[0].devices if order.random() < 0.3}
+            leaving = Leaving(until_s, order.choice(("", "b")), begun=order.random() < 0.3)
+        self.ask(kind, route, leaving, order.choice(("", "cpu-1", "3")))
 
-    def ask(self, kind: str, route: tuple[Layout, ...]) -> None:
+    def ask(
+        self, kind: OperationKind, route: tuple[Layout, ...], leaving: Leaving | None = None, subject: str = ""
+    ) -> None:
         self.requested += 1
         before = self.state
-        self.state = request(before, kind, f"#{self.requested}", route, self.world.now_s)  # type: ignore[arg-type]
+        self.state = request(before, kind, f"#{self.requested}", route, self.world.now_s, leaving, subject)
         if before.operation is not None and self.state.operations[-1].id != before.operation.id:
             told = next(o for o in self.state.operations if o.id == before.operation.id)
             must(told.outcome == "superseded", f"C13: {told.id} is {told.outcome}, and another one was begun")
         self.again_s = inf
-        self.note(f"asked for {[layout.devices for layout in route]}")
+        self.note(f"asked to {kind} {subject}: {[layout.devices for layout in route]} {leaving or ''}")
 
     def _cancel(self) -> None:
         operation, pending = self.state.operation, self.state.pending
@@ -251,7 +260,8 @@ class Schedule:
         self.note(f"FAULT {number} of {len(faults)}")
         before = (set(world.workers), set(world.owners))
         faults[number]()
-        self.note(f"  gone: {before[0] - set(world.workers)} {before[1] - set(world.owners)}, errors {world.errors}")
+        gone = [sorted(before[0] - set(world.workers)), sorted(before[1] - set(world.owners))]
+        self.note(f"  gone: {gone}, errors {world.errors}")
 
     def restart(self) -> None:
         self.note("the controller starts anew")

@@ -101,8 +101,14 @@ def test_it_is_shown_and_written(mode: str) -> None:
     found = preview(current, resized(current, 4, planned_for))
     shown = text(found)
     assert "2 -> 4 workers, exchange gloo" in shown
-    assert "nothing was done" in shown
+    assert f"about {found.seconds:,.1f} s; nothing was done" in shown
     assert max(map(len, shown.splitlines())) <= 80
+    rows = {line.split()[0]: line.split() for line in shown.splitlines() if line.split()}
+    for device in found.devices:
+        assert {f"{device.moved_bytes / MIB:.1f}", str(device.kv_blocks_after)} <= set(rows[device.device])
+    for pool in found.pools:
+        assert f" {pool.peak_pages} " in shown
+    assert f"{found.seconds:.1f} s" in shown
     data = json.loads(json.dumps(found.to_dict()))
     assert data["moved_bytes"] == found.moved_bytes
     assert {d["device"] for d in data["devices"]} == {f"cpu-{i}" for i in range(4)}

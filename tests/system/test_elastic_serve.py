@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import time
 import urllib.request
@@ -27,6 +28,7 @@ from .freeze import frozen_engine
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 MODEL = "tiny"
+WAIT_S = 60.0
 OPTIONS = {
     "workers": "2",
     "dtype": "float32",
@@ -95,9 +97,16 @@ def settled(deployment: Deployment, workers: int, least_generation: int = 0) -> 
 
     status = deployment.status()
     wait_for(looked, lambda: f"not settled: {status}")
-    for pool in status.pools:
-        assert sum(pool.by_purpose.values()) == pool.pages
     return status
+
+
+def same_pages(deployment: Deployment, before: DeploymentStatus) -> None:
+    """Return once pools hold as many pages for every purpose as they did; the last are given back in later turns."""
+
+    def pages(status: DeploymentStatus) -> list[object]:
+        return [(pool.name, pool.by_purpose) for pool in status.pools]
+
+    wait_for(lambda: pages(deployment.status()) == pages(before), lambda: f"{deployment.status()}, not {before}")
 
 
 def kv_blocks(status: DeploymentStatus) -> int:
@@ -133,6 +142,8 @@ def test_growing_and_shrinking(server: Server, deployment: Deployment, load: Cli
     shrunk = settled(deployment, 2)
     assert [worker.device for worker in shrunk.workers] == ["cpu-0", "cpu-2"]
     assert kv_blocks(shrunk) == kv_blocks(before)
+    same_pages(deployment, before)
+    assert command(server, "rebalance", "--wait")["state"] == "done"
     load.more()
     print(f"longest silence while scaling: {load.silent_s:.2f} s")
 
@@ -190,8 +201,34 @@ def test_a_process_that_dies_is_not_noticed(
     after = settled(deployment, 2, before.generation + generations)
     assert after.generation == before.generation + generations
     assert kv_blocks(after) == kv_blocks(before)
+    same_pages(deployment, before)
     load.more()
     print(f"longest silence, {kind}: {load.silent_s:.2f} s")
+
+
+@pytest.mark.parametrize("kind", KILLS)
+def test_a_process_that_dies_during_a_change_is_not_noticed(
+    server: Server, deployment: Deployment, load: ClientLoad, kind: str
+) -> None:
+    """At any moment of growing and of shrinking; the target is reached, and nothing is left of what was tried."""
+    victims, number, _ = KILLS[kind]
+    moments, before = random.Random(kind), settled(deployment, 2)
+    for workers in (3, 2):
+        status = deployment.status()
+        operation = deployment.scale(workers)
+        time.sleep(moments.uniform(0.0, 0.2))
+        struck = [process for pid in victims(server, status) if (process := Process.of(pid)) is not None]
+        assert struck
+        for process in struck:
+            os.kill(process.pid, number)
+        wait_for(lambda: not any(p.runs for p in struck), lambda: f"still there: {struck}")  # noqa: B023
+        ended = deployment.wait(operation.id, WAIT_S)
+        if ended.state == "failed":
+            ended = deployment.wait(deployment.scale(workers).id, WAIT_S)
+        assert ended.state == "done", ended
+        settled(deployment, workers)
+    same_pages(deployment, before)
+    load.more()
 
 
 def test_an_engine_that_hangs_is_not_noticed(server: Server, deployment: Deployment, load: ClientLoad) -> None:
@@ -252,7 +289,7 @@ def test_with_two_replicas_one_counts_and_routes(
         assert answered(server) == before + more
 
 
-@pytest.mark.parametrize("kind", ["replica", "its successor", "door", "another door"])
+@pytest.mark.parametrize("kind", ["replica", "its successor", "replica during a change", "door", "another door"])
 def test_when_the_ingress_is_killed_a_retry_is_served_at_once(
     server: Server, deployment: Deployment, load: ClientLoad, kind: str
 ) -> None:
@@ -264,6 +301,7 @@ def test_when_the_ingress_is_killed_a_retry_is_served_at_once(
         whole = client.completions.create(**asked, max_tokens=8).choices[0].text
         stream = iter(client.completions.create(**asked, max_tokens=480, stream=True))
         next(stream)
+        changing = deployment.scale(3) if "change" in kind else None
         struck = min(doors(server) if "door" in kind else replicas(server), key=lambda process: process.started)
         os.kill(struck.pid, signal.SIGKILL)
         if "door" in kind:  # the stream may have come through the other one
@@ -275,6 +313,10 @@ def test_when_the_ingress_is_killed_a_retry_is_served_at_once(
         begin_s = time.monotonic()
         assert client.completions.create(**asked, max_tokens=8).choices[0].text == whole
         print(f"{kind}: retry served after {time.monotonic() - begin_s:.2f} s")
+        assert "door" in kind or not doubled(server), "it was served by who takes the killed one's place"
+    if changing is not None:
+        assert deployment.wait(changing.id, WAIT_S).state == "done"
+        assert deployment.wait(deployment.scale(2).id, WAIT_S).state == "done"
     wait_for(lambda: not running_sequences(deployment), lambda: f"left behind: {deployment.status()}")
 
 

@@ -106,9 +106,15 @@ async def settled(controller: Any, workers: int) -> DeploymentStatus:
             if status.phase == "serving" and [w.state for w in status.workers] == ["serving"] * workers:
                 break
             await asyncio.sleep(0.02)
-    for pool in status.pools:
-        assert sum(pool.by_purpose.values()) == pool.pages
     return status
+
+
+async def same_pages(controller: Any, before: DeploymentStatus) -> None:
+    """Return once pools hold as many pages for every purpose as they did; the last are given back in later turns."""
+    wanted = [(pool.name, pool.by_purpose) for pool in before.pools]
+    async with asyncio.timeout(WAIT_S):
+        while [(pool.name, pool.by_purpose) for pool in (await controller.status.remote()).pools] != wanted:
+            await asyncio.sleep(0.05)
 
 
 def nodes_of(status: DeploymentStatus) -> set[str]:
@@ -148,6 +154,7 @@ def test_a_node_joins_is_drained_and_leaves_and_another_one_vanishes(checkpoint:
             left = await lose(streams, controller, cluster, node)
             assert nodes_of(left) == {head}
             assert pool_on(left, head).loaded_bytes > pool_on(shrunk, head).loaded_bytes
+            await same_pages(controller, before)
 
     with deployed(checkpoint, "joining") as (config, controller):
         asyncio.run(go(config, controller))
@@ -195,6 +202,37 @@ def test_experts_with_replicas_need_not_be_loaded_when_a_node_vanishes(
     fields = {"workers": 2, "spare_slots": 7, "placement_file": str(placement)}
     with deployed(checkpoint, "replicas", **fields) as (config, controller):
         asyncio.run(go(config, controller, node))
+
+
+def test_a_node_that_vanishes_during_a_change_leaves_what_served(checkpoint: Path, cluster: Cluster) -> None:
+    """While its worker starts, as its generation is formed, and right behind the switch; nothing is left of it."""
+
+    async def go(config: DeploymentConfig, controller: Any) -> None:
+        async with Streams.of(config.name, config.token) as streams:
+            before = await settled(controller, 1)
+            for phase in ("moving weights", "forming the generation", "switched"):
+                base, node = await settled(controller, 1), await join(cluster)
+                operation = await controller.scale.remote(config.token, 2)
+                await reached(controller, base.generation, phase)
+                await asyncio.to_thread(vanish, cluster, node)
+                ended = await controller.operation.remote(config.token, operation.id, WAIT_S)
+                assert ended.state in ("done", "failed"), ended
+                assert nodes_of(await settled(controller, 1)) == nodes_of(before)
+                await same_pages(controller, before)
+                await streams.more(6)
+
+    with deployed(checkpoint, "vanishing") as (config, controller):
+        asyncio.run(go(config, controller))
+
+
+async def reached(controller: Any, generation: int, phase: str) -> None:
+    """Return when the generation behind that one is in a phase, or serves."""
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            status: DeploymentStatus = await controller.status.remote()
+            if phase in status.phase or status.generation > generation:
+                return
+            await asyncio.sleep(0.005)
 
 
 def everything_on_both(checkpoint: Path, path: Path) -> Path:
