@@ -228,7 +228,7 @@ def test_a_process_that_dies_during_a_change_is_not_noticed(
         assert ended.state == "done", ended
         settled(deployment, workers)
     same_pages(deployment, before)
-    load.more()
+    load.more(3)
 
 
 def test_an_engine_that_hangs_is_not_noticed(server: Server, deployment: Deployment, load: ClientLoad) -> None:
