@@ -40,6 +40,7 @@ class Pool:
     heard_s: float = -inf  # when it was last heard
     touched_s: float = -inf  # when something was last done to it whose outcome it did not tell
     unreached: str = ""  # why a call did not reach it, if one did not: then it has to be ended
+    watch: asyncio.Task[None] | None = None
 
     async def refresh(self) -> None:
         """Ask for its extents, if they have changed, and what came into them."""
@@ -133,9 +134,13 @@ class Cluster:
         config, source = await asyncio.gather(handle.config(), handle.source())
         pool = Pool(node, config, handle, source)
         await pool.refresh()
-        self.pools[name] = pool
-        self._watch(self._watch_owner(name, pool))
+        self._know(name, pool)
         return pool
+
+    def _know(self, name: str, pool: Pool) -> None:
+        self.pools[name] = pool
+        if pool.watch is None or pool.watch.done():
+            pool.watch = self._watch(self._watch_owner(name, pool))
 
     async def add_worker(self, name: str, node: str, handle: WorkerHandle) -> Member:
         """Take note of a worker that lives."""
@@ -225,8 +230,7 @@ class Cluster:
             if pool.node in self.nodes:  # it was silent; what is there has to be used or given back
                 del self._lost_pools[name]
                 if name not in self.pools:
-                    self.pools[name] = pool
-                    self._watch(self._watch_owner(name, pool))
+                    self._know(name, pool)
 
     def forget_worker(self, name: str) -> None:
         self.workers.pop(name, None)
@@ -301,10 +305,11 @@ class Cluster:
             self.forget_pool(name, pool)
             self.changed()
 
-    def _watch(self, work: Coroutine[None, None, None]) -> None:
+    def _watch(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._watches.add(task)
         task.add_done_callback(self._watches.discard)
+        return task
 
 
 def _hang(asked: asyncio.Task[None] | None, late_s: float, hang_s: float) -> str:

@@ -14,6 +14,7 @@ import pickle
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf
+from numbers import Integral, Real
 
 from ..errors import InternalError, OperatorError, Unreachable
 from ..workers.model_files import ModelFiles
@@ -213,8 +214,8 @@ class Controller:
             The token is wrong, or there cannot be so many.
         """
         self._admit(token)
-        if type(workers) is not int or workers < 1:
-            raise OperatorError(f"workers: {workers!r}; expected a whole number of at least 1")
+        if isinstance(workers, bool) or not isinstance(workers, Integral):
+            raise OperatorError(f"workers: {workers!r}; expected a whole number")
         if not dry_run and (current := self._asked("scale", str(workers))):
             return self._told(current)
         replanner = self._serving()
@@ -241,7 +242,7 @@ class Controller:
         devices there that are leaving already. If there are no others, the operation under way is not disturbed.
         """
         self._admit(token)
-        if deadline_s is not None and not (isinstance(deadline_s, int | float) and 0 <= deadline_s < inf):
+        if deadline_s is not None and not (isinstance(deadline_s, Real) and 0 <= deadline_s < inf):
             raise OperatorError(f"deadline: {deadline_s!r}; expected seconds, 0 or more")
         replanner = self._serving()
         base = await replanner.look()
@@ -396,6 +397,8 @@ class Controller:
     async def _tell(self) -> None:
         """Wake who waits for the state, or the list of members, to change."""
         heirs = self._deeds.kv.heirs if self._deeds is not None else {}
+        for device in self._state.serving.layout.devices if self._state.serving is not None else ():
+            heirs.pop(device, None)  # it has come again, and may leave again, to another one
         listed = member_list(self._state, self._cluster, self._under_way.tasks, heirs, self._members.version + 1)
         if replace(listed, version=self._members.version) != self._members:
             self._members = listed

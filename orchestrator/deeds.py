@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 
-from ..errors import ConcertinaError, InternalError, Unreachable
+from ..errors import ConcertinaError, InternalError, OperatorError, Unreachable
 from ..workers.engine.scheduler import SchedulerConfig
 from ..workers.generation import Assignment, ExchangeSpec, Generation
 from ..workers.model_files import ModelFiles
@@ -132,7 +132,8 @@ class Deeds:
             await self._new_owner(effect, config, address)
         except ConcertinaError as e:
             await self._cluster.hands.kill(config.name)
-            raise InternalError(f"pool {effect.pool} was not adopted from {lender.name}: {e}") from e
+            kind = OperatorError if isinstance(e, OperatorError) else InternalError
+            raise kind(f"pool {effect.pool} was not adopted from {lender.name}: {e}") from e
         return True
 
     async def _new_owner(self, effect: StartOwner, config: OwnerConfig, adopt_from: str | None = None) -> None:

@@ -94,25 +94,29 @@ class KVDeeds:
     async def hand_over(self, effect: HandOver) -> None:
         """What the heir has not taken at the switch; then the leaver is released, and what nobody wants freed.
 
-        Raises
-        ------
-        ConcertinaError
-            The heir is lost, or has stopped before it had all; the KV is there for who comes after it.
+        Nothing of that is done if the heir is lost, or stops before it has all: the core asks again, for who comes in
+        its place.
         """
         self.heirs.pop(effect.device, None)  # of an earlier time
         members = self.registry.cluster.workers.values()
         leaver = next((m for m in members if m.report.retired and m.report.device == effect.device), None)
         heir = self.registry.cluster.workers.get(effect.heir)
-        if heir is None:
-            raise InternalError(f"{effect.heir}, which was to take over the KV of {effect.device}, is lost")
         pages = self.registry.pool(effect.pool).pages.get(kv_key(effect.device), ()) if effect.pool else ()
-        moved_to = ""
-        if pages:
+        moved_to: str | None = ""
+        if heir is None:
+            moved_to = None
+        elif pages:
             moved_to = await self._inherit(effect, heir, pages)
         elif effect.device in self.registry.serving().layout.devices:  # another worker has all of it
             moved_to = effect.device
         elif leaver is not None:
             moved_to = await self._inherited(leaver, heir)
+        if moved_to is None:
+            _log.warning(
+                "KV of %s: %s is lost or has stopped; its hand-over is begun again", effect.device, effect.heir
+            )
+            await asyncio.sleep(_HELD_PAUSE_S)
+            return
         if leaver is not None:
             await leaver.handle.release(moved_to)
         if effect.pool in self.registry.cluster.pools:
@@ -121,11 +125,12 @@ class KVDeeds:
     def _source(self, pool: str, pages: tuple[int, ...]) -> KVSource:
         return KVSource(self.registry.extents(pool, (LEDGER_KEY,)), self.registry.pool(pool).source, pages)
 
-    async def _inherit(self, effect: HandOver, heir: Member, pages: tuple[int, ...]) -> str:
+    async def _inherit(self, effect: HandOver, heir: Member, pages: tuple[int, ...]) -> str | None:
         """The device that has the KV now; empty if it could not be had, then it is computed again.
 
-        An owner that is lost raises: its successor has the same pages. So does an heir that cannot be reached (it may
-        still be copying, and what it copies must not be freed), or that has stopped before it had copied all.
+        None if the heir has died or stopped before it had copied all. An owner that is lost raises: its successor has
+        the same pages. So does an heir that cannot be reached: it may still be copying, and what it copies must not be
+        freed.
         """
         pool, device = self.registry.pool(effect.pool), heir.report.device
         layout = self.registry.serving().layout
@@ -134,25 +139,21 @@ class KVDeeds:
         near = self.registry.pool_of_device(device) == effect.pool
         if near:  # first, so that nobody else can inherit them too; from now on it has them, or its successor
             await pool.handle.relabel(kv_key(effect.device), pages, kv_key(device))
+        had = True
         try:
             await self._adopt(effect.device, heir, source, blocks)
         except Unreachable:
             raise
         except ConcertinaError as e:
             _log.warning("KV of %s is not handed over to %s: %s", effect.device, device, e)
-            if not near:
-                await self._must_serve(heir)
-                return ""
-        if not near and self._left_s(self._deadline_s(effect.device)) != 0.0:
-            await self._must_serve(heir)
+            had = near
+        late = self._left_s(self._deadline_s(effect.device)) == 0.0
+        if not near and not (had and late) and not await _serves(heir):
+            return None
+        if not had:
+            return ""
         self.heirs[effect.device] = device
         return device
-
-    async def _must_serve(self, heir: Member) -> None:
-        """Raise if an heir has died or stopped: it copies no more then."""
-        report = await heir.handle.report()
-        if report.parked or report.failed or not report.serving:
-            raise InternalError(f"{heir.name} has stopped: {report.parked or report.failed or 'it has left'}")
 
     async def _inherited(self, leaver: Member, heir: Member) -> str:
         """The device that a leaver's KV was given to before, by a hand-over that did not end; empty if none was."""
@@ -191,6 +192,17 @@ class KVDeeds:
 
     def _left_s(self, until_s: float | None) -> float | None:
         return None if until_s is None else max(0.0, until_s - self.registry.cluster.hands.now_s())
+
+
+async def _serves(heir: Member) -> bool:
+    """Whether an heir makes steps still: one that has died or stopped copies no more."""
+    try:
+        report = await heir.handle.report()
+    except Unreachable:
+        raise
+    except InternalError:
+        return False
+    return bool(report.serving) and not (report.parked or report.failed)
 
 
 async def unheld(freeing: Awaitable[T]) -> T | None:

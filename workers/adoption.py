@@ -44,11 +44,19 @@ class _Known(NamedTuple):
         return self.changes, _content(self.record)
 
 
-def adopt(engine: Engine, kv: DeviceKV, source: KVSource, blocks: int, go_on: Callable[[], bool]) -> None:
+def adopt(
+    engine: Engine,
+    kv: DeviceKV,
+    source: KVSource,
+    blocks: int,
+    go_on: Callable[[], bool],
+    hurried: Callable[[], bool] = lambda: False,
+) -> None:
     """Take over what the ledger says of ``source``, then give up what is free or cached until ``blocks`` are left.
 
     Pages of the same pool are mapped. Others are copied, in this thread, into blocks that nobody uses, as many
-    as there are and as long as ``go_on()``; steps go on meanwhile.
+    as there are and as long as ``go_on()``; steps go on meanwhile. What is worth least is copied first, so that it is
+    evicted first, unless ``hurried()``: then it may not come to the end.
 
     Raises
     ------
@@ -59,7 +67,7 @@ def adopt(engine: Engine, kv: DeviceKV, source: KVSource, blocks: int, go_on: Ca
         engine.call(lambda: _map(engine, kv, kv.unmapped(source.pages), blocks))
     else:
         with _open(kv, source, _ADOPT_READ_S) as reader:
-            _copy(engine, kv, source, reader, go_on)
+            _copy(engine, kv, source, reader, go_on, hurried)
         engine.call(lambda: kv.unmap(engine.adopt([], blocks)))
 
 
@@ -211,20 +219,34 @@ def _open(kv: DeviceKV, source: KVSource, request_timeout_s: float) -> PageReade
     return reader
 
 
-def _copy(engine: Engine, kv: DeviceKV, source: KVSource, reader: PageReader, go_on: Callable[[], bool]) -> None:
+def _copy(
+    engine: Engine,
+    kv: DeviceKV,
+    source: KVSource,
+    reader: PageReader,
+    go_on: Callable[[], bool],
+    hurried: Callable[[], bool],
+) -> None:
     missing = _missing(kv, _read_records(kv, source, reader))
     load = engine.load
     missing = missing[max(0, len(missing) - (load.kv_blocks - load.kv_blocks_used)) :]
-    taken: list[int] = []  # the least useful first
+    best: list[int] = []  # blocks that were filled in a hurry, the least useful first
     while missing and go_on():
+        hurry, load = hurried(), engine.load
+        if hurry and load.kv_blocks - load.kv_blocks_used <= len(best):
+            break  # what is worth less would come in their place
         blocks = engine.reserve(min(len(missing), _BATCH_BLOCKS))
         if not blocks:
             break
-        batch, missing = missing[len(missing) - len(blocks) :], missing[: len(missing) - len(blocks)]
+        if hurry:
+            missing, batch = missing[: len(missing) - len(blocks)], missing[len(missing) - len(blocks) :]
+            best[:0] = blocks
+        else:
+            batch, missing = missing[: len(blocks)], missing[len(blocks) :]
         part = replace(source, pages=tuple(page for known in batch for page in known.pages))
         _fill(engine, kv, reader, blocks, batch, partial(_read_records, kv, part, reader))
-        taken[:0] = blocks
-    engine.touch(taken)  # else what came last would stay longest
+    if best:
+        engine.touch(best)  # else what came last would stay longest
 
 
 def _fill(

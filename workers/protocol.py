@@ -54,8 +54,8 @@ class SamplingParams:
 class EngineRequest:
     """A sequence to be continued. ``prompt`` holds token ids; ``id`` is unique within a connection.
 
-    ``resumed``: another worker had accepted it, so that it is not refused for lack of room in the queue, and comes
-    before those that have never been computed.
+    ``resumed``: another worker had it, or sent it on as it left, so that it is not refused for lack of room in the
+    queue, and comes before those that have never been computed.
     """
 
     id: str

@@ -193,9 +193,12 @@ class Worker:
         def go_on() -> bool:
             return isinstance(service.state, Running) and time.monotonic() < self._copy_until_s[_beginning(source)]
 
+        def hurried() -> bool:
+            return self._copy_until_s[_beginning(source)] < inf
+
         self.limit_kv(source, limit_s)
         with self._adopting:
-            adopt(service.engine, kv, source, blocks, go_on)
+            adopt(service.engine, kv, source, blocks, go_on, hurried)
         return kv.pages
 
     def limit_kv(self, source: KVSource, limit_s: float | None) -> None:

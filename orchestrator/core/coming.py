@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .facts import Abandon, Commit, Effect, Fill, Free, OpenStore, Prepare, Snapshot, StartOwner, StartWorker
-from .health import missing, needs_store, usable
+from .health import joins, missing, needs_store, usable
 from .layout import is_node_pool
 from .leftovers import strays, unneeded, yields
 from .state import Pending, Record, Stage, State
@@ -49,10 +49,9 @@ def _missing(state: State, record: Record, snapshot: Snapshot) -> Iterator[Effec
 def _abandons(generation: int, snapshot: Snapshot) -> Iterator[Effect]:
     if any(isinstance(e, Commit) and e.generation == generation for e in snapshot.busy):
         return  # an offer that is on its way would come after its withdrawal
-    for worker, fact in sorted(snapshot.workers.items()):
-        asked = Prepare(worker, generation) in snapshot.busy and fact.abandoned < generation
-        if not fact.failed and (asked or generation in fact.prepared | fact.joining):
-            yield Abandon(worker, generation)
+    yield from (
+        Abandon(worker, generation) for worker in sorted(snapshot.workers) if joins(snapshot, worker, generation)
+    )
 
 
 def _commits(state: State, pending: Pending, snapshot: Snapshot) -> Iterator[Effect]:

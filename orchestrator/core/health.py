@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ...workers.generation import kv_key
-from .facts import Fill, Snapshot, StartOwner, WorkerFact
+from .facts import Fill, Prepare, Snapshot, StartOwner, WorkerFact
 from .layout import Layout
 from .state import Record, State
 
@@ -30,6 +30,15 @@ def usable(snapshot: Snapshot, worker: str) -> WorkerFact | None:
     """A worker's facts, unless it is dead or has to be ended."""
     fact = snapshot.workers.get(worker)
     return fact if fact is not None and not fact.failed else None
+
+
+def joins(snapshot: Snapshot, worker: str, generation: int) -> bool:
+    """Whether a worker has prepared a generation, or may still come to do so: it has not been told to abandon it."""
+    fact = usable(snapshot, worker)
+    if fact is None:
+        return False
+    asked = Prepare(worker, generation) in snapshot.busy and fact.abandoned < generation
+    return asked or generation in fact.prepared | fact.joining
 
 
 def broken(record: Record, snapshot: Snapshot, *also: int) -> str:

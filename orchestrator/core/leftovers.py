@@ -34,6 +34,17 @@ def leftovers(state: State, snapshot: Snapshot) -> Iterator[Effect]:
     yield from _hand_overs(state, snapshot)
     assert state.serving is not None
     yield from unneeded(snapshot, state.serving)
+    yield from _outlived(state.serving, snapshot)
+
+
+def _outlived(serving: Record, snapshot: Snapshot) -> Iterator[Free]:
+    """KV of devices that serve, in other pools than theirs: of a node that was silent while they came to another."""
+    layout = serving.layout
+    own = {kv_key(device): layout.device_pool(rank) for rank, device in enumerate(layout.devices)}
+    for pool, fact in sorted(snapshot.pools.items()):
+        keys = tuple(sorted(key for key in fact.pages if own.get(key, pool) != pool))
+        if keys:
+            yield Free(pool, keys)
 
 
 def strays(state: State, snapshot: Snapshot) -> Iterator[Effect]:

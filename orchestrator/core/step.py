@@ -25,7 +25,7 @@ from .facts import (
     StopOwner,
     StopWorker,
 )
-from .health import broken, filled, missing, missing_pools, usable
+from .health import broken, filled, joins, missing, missing_pools, usable
 from .layout import Layout
 from .leftovers import leftovers, resizes, standbys, strays, yields
 from .operations import ahead, committed, end, next_layout
@@ -95,11 +95,8 @@ def _let_go(generation: int, snapshot: Snapshot) -> bool:
     """Nobody can come to the generation any more, and everyone's word about it is from after that."""
     if any(isinstance(e, Commit | Abandon) and e.generation == generation for e in snapshot.busy):
         return False
-    for worker, fact in snapshot.workers.items():
-        asked = Prepare(worker, generation) in snapshot.busy and fact.abandoned < generation
-        if not fact.failed and (asked or fact.stale or generation in fact.prepared | fact.joining):
-            return False
-    return True
+    facts = [fact for fact in snapshot.workers.values() if not fact.failed]
+    return not any(fact.stale for fact in facts) and not any(joins(snapshot, w, generation) for w in snapshot.workers)
 
 
 def _advance(state: State, snapshot: Snapshot) -> State:

@@ -133,8 +133,8 @@ class Lane:
             return
         logger.warning("worker %s lost: %s", self.member.name, reason)
         # Engines take their sequences in the order of arrival, resumed ones first, so that those that wait are our last
-        # ones. With other ingresses beside us some of them are not ours: then too few of ours count as being computed,
-        # never too many.
+        # ones, but for prompts that were begun before a resumed one came. With other ingresses beside us some of them
+        # are not ours: then too few of ours count as being computed, never too many.
         began = max(0, len(self._unanswered) - client.load.waiting)
         in_turn = sorted(self._unanswered, key=lambda ticket: not self._unanswered[ticket])
         self._computing = frozenset() if self._closing else frozenset(in_turn[:began])

@@ -85,7 +85,7 @@ def reference(request: EngineRequest) -> list[int]:
     return tokens[len(request.prompt) :]
 
 
-def test_only_what_a_worker_had_accepted_is_resumed_elsewhere() -> None:
+def test_what_a_worker_sends_on_is_resumed_and_what_it_refuses_is_not() -> None:
     async def main() -> None:
         full, leaver, _ = workers = [ToyWorker(name, device=name) for name in ("full", "leaver", "heir")]
         full.refuse = QueueFull("full")

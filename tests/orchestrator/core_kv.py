@@ -8,7 +8,7 @@ from concertina.orchestrator.core.facts import HandOver, ResizeKV
 from concertina.workers.generation import kv_key
 
 from .core_calls import BETWEEN, CALLED, Deed, answering, answering_owner, kv_of
-from .core_processes import KV, Pool, Trouble, Worker, must
+from .core_processes import KV, Pool, Worker, must
 
 if TYPE_CHECKING:
     from .core_world import World
@@ -51,7 +51,7 @@ def hand_over(world: World, effect: HandOver) -> Deed:
     yield BETWEEN
     heir, pool = world.workers.get(effect.heir), world.owners.get(effect.pool)
     if heir is None:
-        raise Trouble(f"{effect.heir}: its process ended")
+        return  # it is begun again
     if pool is not None and key in pool.extents:
         yield from _inherit(world, heir, pool, key)
     yield BETWEEN

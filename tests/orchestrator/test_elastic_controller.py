@@ -173,8 +173,8 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(checkpoint: Path) -> N
     async def go() -> None:
         async with controlled(checkpoint, 2) as (controller, _, token):
             for call, says in (
-                (controller.scale(token, 0), "workers: 0; expected a whole number of at least 1"),
-                (controller.scale(token, 2.5), "workers: 2.5; expected"),
+                (controller.scale(token, 0), "workers: 0; expected at least 1"),
+                (controller.scale(token, 2.5), "workers: 2.5; expected a whole number"),
                 (controller.scale(token, True), "workers: True; expected"),
                 (controller.scale(token, "3"), "workers: '3'; expected"),
                 (controller.drain(token, "cpu-0", -1.0), "deadline: -1.0; expected seconds, 0 or more"),
@@ -681,9 +681,12 @@ def test_all_devices_go_to_another_node_at_once(checkpoint: Path) -> None:
     asyncio.run(go())
 
 
-def test_memory_of_a_node_that_was_silent_is_given_back_when_it_is_there_again(checkpoint: Path) -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_memory_of_a_node_that_was_silent_is_given_back_when_it_is_there_again(checkpoint: Path, again: bool) -> None:
+    """Also if its device has come again, elsewhere."""
+
     async def go() -> None:
-        async with controlled(checkpoint, 2, HERE, THERE) as (controller, hands, _):
+        async with controlled(checkpoint, 2, HERE, THERE) as (controller, hands, token):
             hands.alive = [HERE]
             await until(lambda: controller._state.broken)
             hands.workers[0].parked = "PeerLost"
@@ -691,10 +694,12 @@ def test_memory_of_a_node_that_was_silent_is_given_back_when_it_is_there_again(c
             (lost,) = [owner for owner in hands.owners if owner.config_.name.endswith("/there")]
             assert lost.extents
             assert not lost.dead
+            if again:
+                assert (await done(controller, token, await controller.scale(token, 2))).state == "done"
             hands.alive = [HERE, THERE]
             await until(lambda: lost.dead)
             assert set(lost.extents) <= {LEDGER_KEY}
-            assert await devices(controller) == ["cpu-0"]
+            assert await devices(controller) == ["cpu-0", "cpu-1"][: 1 + again]
 
     asyncio.run(go())
 

@@ -213,7 +213,7 @@ def test_a_node_that_vanishes_during_a_change_leaves_what_served(checkpoint: Pat
             for phase in ("moving weights", "forming the generation", "switched"):
                 base, node = await settled(controller, 1), await join(cluster)
                 operation = await controller.scale.remote(config.token, 2)
-                await reached(controller, base.generation, phase)
+                assert await reached(controller, base.generation, phase) == (phase != "switched"), "it was missed"
                 await asyncio.to_thread(vanish, cluster, node)
                 ended = await controller.operation.remote(config.token, operation.id, WAIT_S)
                 assert ended.state in ("done", "failed"), ended
@@ -225,13 +225,15 @@ def test_a_node_that_vanishes_during_a_change_leaves_what_served(checkpoint: Pat
         asyncio.run(go(config, controller))
 
 
-async def reached(controller: Any, generation: int, phase: str) -> None:
-    """Return when the generation behind that one is in a phase, or serves."""
+async def reached(controller: Any, generation: int, phase: str) -> bool:
+    """Whether the generation behind that one is in a phase, as soon as it is so; or serves."""
     async with asyncio.timeout(WAIT_S):
         while True:
             status: DeploymentStatus = await controller.status.remote()
-            if phase in status.phase or status.generation > generation:
-                return
+            if status.generation > generation:
+                return False
+            if phase in status.phase:
+                return True
             await asyncio.sleep(0.005)
 
 

@@ -322,8 +322,8 @@ def test_a_kill_at_every_step_of_a_transition(checkpoint: Path, members: list[Me
     """Struck when an effect of each kind begins; the target is reached."""
 
     async def go() -> None:
-        choose = random.Random(7)
-        async with under_load(members, checkpoint, **MODES[NAMES.index(mode)]) as load:
+        choose, patience = random.Random(7), {"hang_timeout_s": 2.0} if "hang" in kind else {}
+        async with under_load(members, checkpoint, **MODES[NAMES.index(mode)], **patience) as load:
             controller, size = load.deployment.controller, 2
             for effect in STEPS[: 6 if mode == "gloo" else 8]:
                 size = 5 - size

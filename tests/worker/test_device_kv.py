@@ -11,6 +11,7 @@ import pytest
 from concertina.errors import InternalError
 from concertina.workers import adoption
 from concertina.workers.device_kv import DeviceKV
+from concertina.workers.engine.engine import Engine
 from concertina.workers.generation import LEDGER_KEY, kv_key
 from concertina.workers.pages.memfd import MemfdBackend
 from concertina.workers.pages.sharing import fetch_pool
@@ -167,8 +168,8 @@ def test_steps_go_on_beside_a_slow_copy_and_a_failed_one_may_be_repeated(
         assert again.cached_tokens == len(prompt) - 1 - (len(prompt) - 1) % 4
 
 
-def test_what_is_copied_first_is_what_is_worth_most(make_site: MakeSite, hire: Hire) -> None:
-    """Beginnings, without which ends cannot be found: a deadline may come, or the engine stop, before all is there."""
+def test_before_a_deadline_what_is_worth_most_is_copied_first(make_site: MakeSite, hire: Hire) -> None:
+    """Beginnings, without which ends cannot be found; once all is there, they go last all the same."""
     site, workers = make_site("a", "b", blocks=80, separate=True), [hire(), hire()]
     bring(workers, site.generation(["a", "b"]))
     prompt = list(range(90))
@@ -177,10 +178,23 @@ def test_what_is_copied_first_is_what_is_worth_most(make_site: MakeSite, hire: H
         bring(workers[:1], site.generation(["a"], "solo"), workers[1])
         service, kv = workers[0].worker._serving()
         once = iter([True, False])
-        adoption.adopt(service.engine, kv, site.source("b"), 80, lambda: next(once))
+        adoption.adopt(service.engine, kv, site.source("b"), 80, lambda: next(once), lambda: True)
+        assert len(cached_beginnings(service.engine, kv)) == adoption._BATCH_BLOCKS
+        adoption.adopt(service.engine, kv, site.source("b"), 80, lambda: True, lambda: True)
+        beginnings = cached_beginnings(service.engine, kv)
+        assert beginnings == sorted(beginnings, reverse=True)
+        assert len(beginnings) == len(prompt) // 4
         again = client.start(workers[0], prompt, 2)
         assert again.finished() == "length"
-        assert again.cached_tokens == 4 * adoption._BATCH_BLOCKS
+        assert again.cached_tokens == len(prompt) - 1 - (len(prompt) - 1) % 4
+
+
+def cached_beginnings(engine: Engine, kv: DeviceKV) -> list[int]:
+    """First tokens of the blocks of a prompt that counts upwards, in the order in which they would be evicted."""
+    assert kv.ledger is not None
+    records = [kv.ledger.read(kv.page_of(block)) for block in engine._core.scheduler.blocks._idle]
+    prompts = [r.tokens for r in records if r is not None and r.tokens == tuple(range(r.tokens[0], r.tokens[0] + 4))]
+    return [tokens[0] for tokens in prompts]
 
 
 def test_a_ledger_that_is_missing_or_of_another_size_is_named(make_site: MakeSite, hire: Hire) -> None:
@@ -240,7 +254,7 @@ def test_kv_that_is_freed_while_it_is_copied_is_not_believed(
         again = client.start(workers[0], prompt, 4)
         assert again.finished() == "length"
         assert again.tokens == loaded.greedy(prompt, 4)
-        assert again.cached_tokens == 4 * adoption._BATCH_BLOCKS * (left - 1)  # beginnings come first
+        assert again.cached_tokens == 0  # its beginning comes last
         load = workers[0].worker.report().load
         assert (load.kv_blocks, load.kv_blocks_used) == (80, 0)
 
