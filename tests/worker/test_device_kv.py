@@ -168,7 +168,8 @@ def test_steps_go_on_beside_a_slow_copy_and_a_failed_one_may_be_repeated(
         assert again.cached_tokens == len(prompt) - 1 - (len(prompt) - 1) % 4
 
 
-def test_before_a_deadline_what_is_worth_most_is_copied_first(make_site: MakeSite, hire: Hire) -> None:
+@pytest.mark.parametrize("batches", [1, 9])
+def test_before_a_deadline_what_is_worth_most_is_copied_first(make_site: MakeSite, hire: Hire, batches: int) -> None:
     """Beginnings, without which ends cannot be found; once all is there, they go last all the same."""
     site, workers = make_site("a", "b", blocks=80, separate=True), [hire(), hire()]
     bring(workers, site.generation(["a", "b"]))
@@ -177,16 +178,13 @@ def test_before_a_deadline_what_is_worth_most_is_copied_first(make_site: MakeSit
         assert client.start(workers[1], prompt, 8).finished() == "length"
         bring(workers[:1], site.generation(["a"], "solo"), workers[1])
         service, kv = workers[0].worker._serving()
-        once = iter([True, False])
-        adoption.adopt(service.engine, kv, site.source("b"), 80, lambda: next(once), lambda: True)
-        assert len(cached_beginnings(service.engine, kv)) == adoption._BATCH_BLOCKS
-        adoption.adopt(service.engine, kv, site.source("b"), 80, lambda: True, lambda: True)
-        beginnings = cached_beginnings(service.engine, kv)
-        assert beginnings == sorted(beginnings, reverse=True)
-        assert len(beginnings) == len(prompt) // 4
+        left = iter([True] * batches + [False])
+        adoption.adopt(service.engine, kv, site.source("b"), 80, lambda: next(left), lambda: True)
+        count = min(batches * adoption._BATCH_BLOCKS, len(prompt) // 4)
+        assert cached_beginnings(service.engine, kv) == list(range(0, 4 * count, 4))[::-1]
         again = client.start(workers[0], prompt, 2)
         assert again.finished() == "length"
-        assert again.cached_tokens == len(prompt) - 1 - (len(prompt) - 1) % 4
+        assert again.cached_tokens == 4 * count
 
 
 def cached_beginnings(engine: Engine, kv: DeviceKV) -> list[int]:
