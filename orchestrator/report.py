@@ -99,8 +99,7 @@ def member_list(
             listed.append(WorkerAddress(worker, *member.report.address, member.report.device, draining=True))
     handed_over = {effect.device for effect in busy if isinstance(effect, HandOver)}
     left = (_devices_with_kv(cluster) | handed_over) - {address.device for address in listed} - _devices(state)
-    heirs = {device: heir for device, heir in heirs.items() if device not in record.layout.devices}
-    return MemberList(version, tuple(listed), frozenset(awaited) | left, heirs)
+    return MemberList(version, tuple(listed), frozenset(awaited) | left, dict(heirs))
 
 
 def _devices_with_kv(cluster: Cluster) -> frozenset[str]:

@@ -589,6 +589,24 @@ def test_a_hand_over_that_its_heir_does_not_end_is_begun_again(checkpoint: Path,
     asyncio.run(go())
 
 
+def test_a_device_that_has_come_again_has_no_heir(checkpoint: Path) -> None:
+    """Else clients would look there for what it has, as soon as it leaves again, for another one."""
+
+    async def go() -> None:
+        async with controlled(checkpoint, 2) as (controller, hands, token):
+            await done(controller, token, await controller.scale(token, 1))
+            await until(lambda: controller._members.heirs == {"cpu-1": "cpu-0"})
+            await done(controller, token, await controller.scale(token, 2))
+            await until(lambda: not controller._members.heirs)
+            hands.faults.held.add("adopt_kv")
+            await controller.scale(token, 1)
+            await until(lambda: controller._members.awaited or len(controller._state.serving.workers) == 1)
+            assert not controller._members.heirs
+            hands.faults.held.clear()
+
+    asyncio.run(go())
+
+
 def test_who_lost_its_device_to_another_worker_sends_its_clients_there(checkpoint: Path) -> None:
     async def go() -> None:
         async with controlled(checkpoint, 3) as (controller, hands, _):
