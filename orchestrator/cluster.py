@@ -220,8 +220,8 @@ class Cluster:
         """Bytes that came from the checkpoint and from peers, as owners last said."""
         return sum(pool.moved_bytes for pool in self.pools.values())
 
-    async def look_at_nodes(self) -> None:
-        self.nodes = {node.id: node for node in await self.hands.nodes()}
+    async def look_at_nodes(self, *, anew: bool = False) -> None:
+        self.nodes = {node.id: node for node in await self.hands.nodes(anew=anew)}
         for name, pool in list(self.pools.items()):
             if pool.node not in self.nodes:
                 _log.warning("memory owner %s is lost: node %s is gone", name, pool.node)

@@ -87,17 +87,19 @@ class RayHands:
         self._knocking = Knocking()
         self._nodes: list[NodeInfo] = []
         self._nodes_s = -inf  # when they were looked at
+        self._looking = asyncio.Lock()
         self._store: Any = None
 
-    async def nodes(self) -> list[NodeInfo]:
+    async def nodes(self, *, anew: bool = False) -> list[NodeInfo]:
         """Nodes that Ray takes to be alive, and whose raylet listens; they are asked anew after a moment."""
-        if self._nodes and time.monotonic() - self._nodes_s < _FRESH_S:
+        async with self._looking:  # an older look must not come behind a newer one
+            if not anew and self._nodes and time.monotonic() - self._nodes_s < _FRESH_S:
+                return self._nodes
+            self._nodes_s = time.monotonic()  # before: who fails meanwhile is not forgotten
+            alive = [n for n in await asyncio.to_thread(ray.nodes) if n["Alive"]]
+            listening = await self._knocking.answering([_raylet(n) for n in alive])
+            self._nodes = [_node_info(n) for n in alive if _raylet(n) in listening]
             return self._nodes
-        self._nodes_s = time.monotonic()  # before: who fails meanwhile is not forgotten
-        alive = [n for n in await asyncio.to_thread(ray.nodes) if n["Alive"]]
-        listening = await self._knocking.answering([_raylet(n) for n in alive])
-        self._nodes = [_node_info(n) for n in alive if _raylet(n) in listening]
-        return self._nodes
 
     def _doubt(self) -> None:
         """A call has failed: look at everybody anew."""

@@ -45,7 +45,7 @@ class Replanner:
 
     async def look(self) -> Layout:
         """The base, and a look at the nodes: one may have joined just now."""
-        await self.registry.cluster.look_at_nodes()
+        await self.registry.cluster.look_at_nodes(anew=True)
         return self.base
 
     async def plan(self, plan: Callable[[Layout, Context], Layout]) -> tuple[Layout, tuple[Layout, ...]]:

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from math import inf
 from typing import NamedTuple
 
 from ..errors import ConcertinaError, InternalError
 from .device_kv import DeviceKV
 from .engine.engine import Engine
+from .engine.lockstep import Row
 from .generation import AT_SWITCH_BLOCKS, LEDGER_KEY, KVSource
 from .kv.ledger import BlockRecord, Ledger, record_bytes
 from .pages.transfer import PageReader, open_pages
@@ -27,7 +29,7 @@ _REST_BLOCKS = 64  # so many may be left to copy at the boundary itself, while n
 _READ_S = 2.0  # for a request ahead or at the boundary; who is slower is left without
 _ADOPT_READ_S = 5.0  # for a request afterwards: a deadline, or a recovery, may be waiting
 
-_COMING_S = (0.002, 0.05)  # what sequences need to come here at least, and what is waited at most
+_COMING_S = (0.002, 0.05)  # what sequences need to come to a worker at least, and what is waited at most
 
 _Content = tuple[bytes, tuple[int, ...]]
 
@@ -71,6 +73,27 @@ def adopt(
         engine.call(lambda: kv.unmap(engine.adopt([], blocks)))
 
 
+def await_sequences(engine: Engine, due: int, rows: Sequence[Row]) -> None:
+    """At a boundary, in the engine's thread: let sequences come whose KV this worker has just taken over.
+
+    Who comes just too late waits for a whole step. It takes them some milliseconds, by way of their clients' router.
+    Nobody waits for more than a quarter of a step. Where no member has made one, nobody is held up in the middle of an
+    answer but those that have come.
+
+    Parameters
+    ----------
+    engine : Engine
+    due : int
+        Of `Engine.submitted`, once all have come.
+    rows : sequence of Row
+        Everyone's words at this boundary.
+    """
+    step_s = max(row.step_us for row in rows) / 1e6
+    limit_s = min(step_s / 4 or inf, _COMING_S[1])
+    if limit_s >= _COMING_S[0]:
+        engine.await_submissions(due, limit_s)
+
+
 class Inheritance:
     """KV of devices that leave as a generation comes, for the worker that their sequences go on with.
 
@@ -84,6 +107,11 @@ class Inheritance:
     sources : sequence of KVSource
     abandoned : callable
         Whether the generation will not come; ends copying.
+
+    Attributes
+    ----------
+    due : int
+        Of `Engine.submitted`, once all that was taken has come; 0 before.
     """
 
     def __init__(self, kv: DeviceKV, sources: Sequence[KVSource], abandoned: Callable[[], bool]) -> None:
@@ -92,7 +120,7 @@ class Inheritance:
         self._far = [source for source in sources if not kv.shares_pool(source.pool.address)]
         self._readers: list[tuple[KVSource, PageReader]] = []
         self._found: dict[_Content, int] = {}  # where full blocks lie in this device's pool; they may have gone since
-        self._due = 0  # of `Engine.submitted`, once all that was taken has come
+        self.due = 0
 
     @contextmanager
     def copying_ahead(self, engine: Engine) -> Iterator[None]:
@@ -118,29 +146,19 @@ class Inheritance:
     def take(self, engine: Engine) -> None:
         """At the boundary, in the engine's thread: all that running sequences have and that is not here yet."""
         kv = self._kv
-        self._due = engine.submitted
+        self.due = engine.submitted
         try:
             for groups in self._near:
                 used = [group for group in groups if kv.ledger.used(group[0])]
-                self._due += self._ends(_map(engine, kv, used[:AT_SWITCH_BLOCKS], kv.positions))
+                self.due += kv.ends(_map(engine, kv, used[:AT_SWITCH_BLOCKS], kv.positions))
             for source, reader in self._readers:
                 rest = self._missing(source, reader)
-                self._due += self._ends([known.record for known in rest])
+                self.due += kv.ends([known.record for known in rest])
                 blocks = engine.reserve(min(len(rest), 2 * _REST_BLOCKS))
                 _fill(engine, kv, reader, blocks, rest[len(rest) - len(blocks) :])
         except (ConcertinaError, OSError) as e:
             _log.warning("KV of a device that left is not taken over at the switch: %s", e)
         self.close()
-
-    def await_sequences(self, engine: Engine) -> None:
-        """Before the first step behind `take`: let what was taken come, if a step is long enough for that.
-
-        Who comes just too late waits for a whole step. It takes some milliseconds: the leaver tells the client's
-        router, and that asks here.
-        """
-        limit_s = min(engine.step_s / 4, _COMING_S[1])
-        if limit_s >= _COMING_S[0]:
-            engine.await_submissions(self._due, limit_s)
 
     def close(self) -> None:
         readers, self._readers = self._readers, []
@@ -190,10 +208,6 @@ class Inheritance:
         running = _read_records(self._kv, source, reader, running=True)
         missing = (known for known in running if not self._is_here(known.record))
         return sorted(missing, key=lambda known: known.record.eviction_rank)
-
-    def _ends(self, records: Sequence[BlockRecord]) -> int:
-        """How many sequences end in one of these blocks; of those that fill their last one nothing is known."""
-        return sum(len(record.tokens) < self._kv.block_tokens for record in records)
 
     def _is_here(self, record: BlockRecord) -> bool:
         page = self._found.get(_content(record))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import heapq
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from ..errors import InternalError
 from .generation import LEDGER_KEY, Assignment, kv_key
-from .kv.ledger import Ledger, record_bytes
+from .kv.ledger import BlockRecord, Ledger, record_bytes
 from .model.kv import KVCache
 from .pages.backend import runs
 from .pages.memfd import MemfdPool, map_pages
@@ -83,6 +83,17 @@ class DeviceKV:
     def page_of(self, block: int) -> int:
         """The page whose record in the ledger is the block's: its first one."""
         return self._pages[block][0]
+
+    @property
+    def running(self) -> int:
+        """How many sequences were running, by `ends` of what the ledger says."""
+        with self._lock:
+            records = [self.ledger.read(pages[0]) for pages in self._pages.values()]
+        return self.ends(record for record in records if record is not None and record.used)
+
+    def ends(self, records: Iterable[BlockRecord]) -> int:
+        """How many sequences end in one of these blocks; of those that fill their last one nothing is known."""
+        return sum(len(record.tokens) < self.block_tokens for record in records)
 
     def memory(self, block: int) -> memoryview:
         """The bytes of a mapped block."""

@@ -77,9 +77,9 @@ class EngineOutput:
     """New tokens of one sequence after one step.
 
     ``finish_reason`` is None until the last output; where it is ``stop``, the last token is the one that ended the
-    sequence. ``cached_tokens`` is how much of the prompt came from the
-    prefix cache. ``error`` says why, where ``finish_reason`` is ``error``. Where it is ``moved``, the worker leaves and
-    the sequence is to be submitted again with its tokens so far, best to the device ``moved_to`` (empty: to any).
+    sequence. ``cached_tokens`` is how much of the prompt came from the prefix cache. ``error`` says why, where
+    ``finish_reason`` is ``error``. Where it is ``moved``, the worker leaves, or will never have room for it, and the
+    sequence is to be submitted again with its tokens so far, best to the device ``moved_to`` (empty: to any).
     """
 
     id: str

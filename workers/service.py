@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from ..errors import InternalError, PeerLost
+from .adoption import await_sequences
 from .engine.core import EngineConfig
 from .engine.engine import Engine
 from .engine.lockstep import Retire, Row, Swap
@@ -91,6 +92,7 @@ class Service:
             prefix_caching=config.prefix_caching,
             emulated_step_ms=config.emulated_step_ms,
         )
+        self._due = first.kv.running  # of `Engine.submitted`, once sequences whose KV is here have come
         self.engine = Engine(first.decoder, first.kv, first.exchange, engine_config)
         self.engine.generation = first.generation
         self.engine.on_boundary = self._at_boundary
@@ -262,14 +264,16 @@ class Service:
                 coming = self._parts[self.engine.generation]
             if coming.inheritance is not None:  # before anybody hears of it: then pages of leavers may be freed
                 coming.inheritance.take(self.engine)
+                self._due = coming.inheritance.due
             with self._changed:
                 self._left, self.part = self.part, self._parts.pop(self.engine.generation)
                 self._offered = 0
                 self._begin_to_move()
                 self._changed.notify_all()
             self._set_threads()
-            if coming.inheritance is not None:
-                coming.inheritance.await_sequences(self.engine)
+        if self._due > self.engine.submitted:
+            await_sequences(self.engine, self._due, rows)
+        self._due = 0
 
     def _begin_to_move(self) -> None:
         """From now on the engine's thread is to be seen in the exchange of its part."""

@@ -12,6 +12,7 @@ from .lane import Lane
 from .members import Connect, Member
 
 GRACE_S = 5.0  # so long nobody may be connected before the endpoint says that it is not ready
+CONNECT_S = 2.0  # that a connection to a worker may take, or to one that comes in its place
 LINGER_S = 2.0  # that a worker which is not listed any more has for saying where its sequences went
 
 
@@ -47,6 +48,13 @@ class Lanes:
             return True
         latest_s = max([self._ready_s, *(lane.ready_s for lane in self.all)])
         return bool(self._lanes) and self._now_s() - latest_s < GRACE_S
+
+    @property
+    def coming(self) -> bool:
+        """Somebody takes requests in a moment who does not now: awaited, or listed and being connected to."""
+        lately_s = self._now_s() - CONNECT_S
+        missing = (lane for lane in self.all if not lane.connected and not lane.member.draining)
+        return bool(self.awaited) or any(max(lane.born_s, lane.ready_s) > lately_s for lane in missing)
 
     def update(self, members: Sequence[Member], awaited: Set[str], heirs: Mapping[str, str]) -> None:
         """See `Router.update`."""

@@ -7,16 +7,18 @@ from collections.abc import AsyncGenerator, Collection, Mapping, Sequence, Set
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from ...workers.engine.errors import QueueFull
+from ...workers.engine.errors import CacheTooSmall, QueueFull, RequestRefused
 from ...workers.protocol import EngineOutput, EngineRequest
 from .continuation import Continuation
 from .lane import Lane
-from .lanes import Lanes
+from .lanes import CONNECT_S, Lanes
 from .members import Connect, Member, NoWorker, StreamLost, WorkerLost
 from .prefixes import PrefixMemory
 
-PAUSE_S = 0.1  # before an interrupted sequence asks workers again that were full, or gave it up
-CONNECT_S = 2.0  # that a sequence waits for the connection to the one worker that has its KV
+PAUSE_S = (
+    0.1  # before a sequence that goes on, or waits for who comes, asks workers again that were full, or gave it up
+)
+ROOM_S = 1.0  # the same where their caches are too small: that changes with members, and else only slowly
 
 
 @dataclass(slots=True)
@@ -24,15 +26,26 @@ class _Way:
     """One sequence on its way from worker to worker.
 
     ``avoid``: names of members that would not have it. ``home``: the device that has its KV, as far as is known.
-    ``lost``: the lane that broke. ``moved``: its worker handed it over to ``home``.
+    ``refusal``: why one of them would not, a full queue rather than a cache that is too small. ``lost``: the lane that
+    broke. ``moved``: its worker handed it over to ``home``.
     """
 
     state: Continuation
     started_s: float
     avoid: set[str] = field(default_factory=set)
+    refusal: RequestRefused | None = None
     home: str = ""
     lost: Lane | None = None
     moved: bool = False
+
+    def refused(self, refusal: RequestRefused) -> None:
+        if not isinstance(self.refusal, QueueFull):
+            self.refusal = refusal
+
+    def forgive(self) -> None:
+        """Whoever would not have it may be asked again."""
+        self.avoid.clear()
+        self.refusal = None
 
 
 class Router:
@@ -107,7 +120,7 @@ class Router:
         StreamLost
             Its worker was lost, and nobody took over within ``recovery_timeout_s``.
         RequestRefused
-            The engine does not take the request; `QueueFull` when none has room.
+            The engine does not take the request; `QueueFull` when none has room, `CacheTooSmall` when none ever will.
         """
         way = _Way(Continuation(request), self._now_s())
         while not way.state.finished:
@@ -117,8 +130,9 @@ class Router:
                 async with aclosing(self._attempt(lane, way)) as outputs:
                     async for output in outputs:
                         yield output
-            except QueueFull:
+            except (QueueFull, CacheTooSmall) as e:
                 way.avoid.add(lane.member.name)
+                way.refused(e)
             except WorkerLost as e:
                 way.home, way.lost = lane.member.device, lane
                 if last := way.state.lost(e, self._now_s()):
@@ -135,7 +149,7 @@ class Router:
         async with aclosing(lane.submit(request)) as outputs:
             async for output in outputs:
                 if output.token_ids:
-                    way.avoid.clear()  # whoever was full then may be the one that has its KV now
+                    way.forgive()  # whoever was full then may be the one that has its KV now
                 if output.finish_reason == "moved":
                     self._move(lane.member.device, way, output.moved_to)
                 noted = way.state.note(output)
@@ -162,19 +176,26 @@ class Router:
             hold_s = self._hold_s(way)
             if hold_s <= 0 and (lane := self._pick(way)):
                 return lane
-            full = hold_s <= 0 and self._someone_ready()
-            if full and way.state.interrupted_at_s is None:
-                raise QueueFull("every worker's queue is full")
-            if full:
-                way.avoid.clear()
+            nobody = hold_s <= 0 and self._someone_ready()  # of them would have it
+            if nobody and way.state.interrupted_at_s is None:
+                self._give_up(way.refusal)
             left_s = hold_s if hold_s > 0 else self._time_left_s(way)
-            await self._lanes.changed(min(left_s, PAUSE_S) if full else left_s)
+            if nobody:
+                left_s = min(left_s, ROOM_S if isinstance(way.refusal, CacheTooSmall) else PAUSE_S)
+                way.forgive()
+            await self._lanes.changed(left_s)
+
+    def _give_up(self, refusal: RequestRefused | None) -> None:
+        if not isinstance(refusal, CacheTooSmall):
+            raise QueueFull("every worker's queue is full")
+        if not self._lanes.coming:  # else who comes may have more memory
+            raise refusal
 
     def _someone_ready(self) -> bool:
         return any(lane.ready for lane in self._lanes.all)
 
     def _pick(self, way: _Way) -> Lane | None:
-        heir = self._lanes.at(way.home) if way.moved else None
+        heir = self._lanes.at(way.home) if way.moved or way.lost else None  # who has its KV
         if heir is not None and heir.ready and heir.member.name not in way.avoid:
             return heir
         open_ = self._lanes.open_to(way.avoid)
@@ -212,17 +233,18 @@ class Router:
 
     def _time_left_s(self, way: _Way) -> float:
         lost_s = way.state.interrupted_at_s
+        why = f": {way.refusal}" if way.refusal else ""
         if lost_s is None:
             patience_s = self._worker_wait_s
-            if self._lanes.awaited:  # somebody is coming
+            if self._lanes.coming:
                 patience_s = max(patience_s, self._recovery_timeout_s)
             left_s = way.started_s + patience_s - self._now_s()
             if left_s <= 0:
-                raise NoWorker(f"no worker available for {self._worker_wait_s:g} s")
+                raise NoWorker(f"no worker available for {patience_s:g} s{why}")
             return left_s
         left_s = lost_s + self._recovery_timeout_s - self._now_s()
         if left_s <= 0:
-            raise StreamLost(f"no worker took the sequence over within {self._recovery_timeout_s:g} s")
+            raise StreamLost(f"no worker took the sequence over within {self._recovery_timeout_s:g} s{why}")
         return left_s
 
     @staticmethod

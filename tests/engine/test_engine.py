@@ -6,7 +6,7 @@ import pytest
 from concertina.errors import InternalError, OperatorError, PeerLost
 from concertina.workers.engine.core import EngineConfig
 from concertina.workers.engine.engine import Engine
-from concertina.workers.engine.errors import InvalidRequest, NeverFits, QueueFull
+from concertina.workers.engine.errors import CacheTooSmall, InvalidRequest, NeverFits, QueueFull
 from concertina.workers.engine.lockstep import Swap
 from concertina.workers.engine.scheduler import SchedulerConfig
 from concertina.workers.model.batch import Batch
@@ -258,7 +258,7 @@ def test_sequences_go_on_after_recovery_and_keep_their_kv() -> None:
         assert collected.tokens[name] == expected_greedy([1, 2, 3], 9)
 
 
-def test_what_no_longer_fits_ends_with_a_reason() -> None:
+def test_what_no_longer_fits_is_to_go_on_elsewhere() -> None:
     engine = solo(12)
     engine.submit(request("long", [1, 2, 3], max_tokens=20))
     engine.submit(request("short", [1, 2, 3], max_tokens=5))
@@ -266,8 +266,10 @@ def test_what_no_longer_fits_ends_with_a_reason() -> None:
     collected.emit(engine.step())
     assert len(engine.resize([], 5)) == 7
     drain(engine, collected)
-    assert collected.ends["long"].finish_reason == "error"
-    assert "shrunk to 5 blocks" in (collected.ends["long"].error or "")
+    assert (collected.ends["long"].finish_reason, collected.ends["long"].moved_to) == ("moved", "")
+    assert collected.tokens["long"] == expected_greedy([1, 2, 3], 20)[: len(collected.tokens["long"])] != []
+    with pytest.raises(CacheTooSmall, match="the whole cache has 5"):
+        engine.submit(request("long again", [1, 2, 3, 4], max_tokens=19))
     assert collected.tokens["short"] == expected_greedy([1, 2, 3], 5)
     assert engine.stats.preemptions == 0, "the other one had room"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from concertina.errors import InternalError, OperatorError
 from concertina.workers.engine.blocks import BlockManager
-from concertina.workers.engine.errors import InvalidRequest, NeverFits, QueueFull, RequestRefused
+from concertina.workers.engine.errors import CacheTooSmall, InvalidRequest, NeverFits, QueueFull, RequestRefused
 from concertina.workers.engine.scheduler import Chunk, Scheduler, SchedulerConfig
 from concertina.workers.engine.sequence import Finished, Running, Sequence, Waiting
 from concertina.workers.protocol import SamplingParams
@@ -254,7 +254,7 @@ def test_refusals_name_the_limit() -> None:
     s = scheduler(3, max_model_len=10, max_running=1, max_waiting=1)
     with pytest.raises(NeverFits, match="8 prompt tokens and max_tokens 3 exceed the context of 10"):
         s.add(sequence("a", [1] * 8, 3))
-    with pytest.raises(NeverFits, match="need 4 KV blocks of 2 tokens; the whole cache has 3"):
+    with pytest.raises(CacheTooSmall, match="need 4 KV blocks of 2 tokens; the whole cache has 3"):
         s.add(sequence("a", [1] * 5, 3))
     s.add(sequence("a", [1] * 5, 2))
     with pytest.raises(InvalidRequest, match="'a' belongs to a request that has not ended"):

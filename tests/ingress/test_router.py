@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -15,7 +15,7 @@ from concertina.orchestrator.ingress.following import follow
 from concertina.orchestrator.ingress.members import Member, NoWorker, Roster, StreamLost
 from concertina.orchestrator.ingress.prefixes import BLOCK, PrefixMemory
 from concertina.orchestrator.ingress.router import Router
-from concertina.workers.engine.errors import NeverFits, QueueFull
+from concertina.workers.engine.errors import CacheTooSmall, NeverFits, QueueFull
 from concertina.workers.protocol import EngineLoad, EngineOutput, EngineRequest, SamplingParams
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,6 +72,11 @@ async def collect(router: Router, request: EngineRequest, into: list[EngineOutpu
     async for output in router.stream(request):
         outputs.append(output)
     return outputs
+
+
+async def collect_rest(stream: AsyncGenerator[EngineOutput, None], into: list[EngineOutput]) -> None:
+    async for output in stream:
+        into.append(output)
 
 
 def tokens_of(outputs: Sequence[EngineOutput]) -> list[int]:
@@ -418,6 +423,106 @@ def test_full_queues() -> None:
         free.refuse = NeverFits("too long")
         with pytest.raises(NeverFits):
             await collect(router, ask())
+        await router.close()
+
+    run(main())
+
+
+def test_what_one_cache_cannot_hold_goes_where_there_is_more_memory() -> None:
+    async def main() -> None:
+        small, large = workers = [ToyWorker("small", refuse=CacheTooSmall("has 8")), ToyWorker("large")]
+        router = await routed(workers)
+        for worker in small, large:
+            router.update([replace(w.member, speed=10.0 if w is worker else 1.0) for w in workers])
+            assert tokens_of(await collect(router, ask())) == reference(ask())
+        large.refuse = CacheTooSmall("has 9")
+        with pytest.raises(CacheTooSmall):
+            await collect(router, ask())
+        for first, second in (workers, workers[::-1]):
+            first.refuse, second.refuse = QueueFull("full"), CacheTooSmall("has 9")
+            with pytest.raises(QueueFull):  # it would be taken later
+                await collect(router, ask())
+        await router.close()
+
+    run(main())
+
+
+def test_what_no_cache_can_hold_waits_for_a_device_that_is_awaited() -> None:
+    async def main() -> None:
+        small, coming = workers = [ToyWorker("small", refuse=CacheTooSmall("has 8")), ToyWorker("coming", device="d1")]
+        router = await routed(workers)
+        coming.connect_s = 0.05
+        router.update([small.member], awaited={"d1"})
+        asking = asyncio.create_task(collect(router, ask()))
+        await until(lambda: small.requests)
+        router.update([small.member, coming.member])
+        assert tokens_of(await asking) == reference(ask())
+        router.update([small.member], awaited={"d1"})
+        with pytest.raises(NoWorker, match=r"0\.5 s: has 8"):
+            await collect(router, ask())
+        await router.close()
+
+    run(main())
+
+
+def test_who_waits_for_a_worker_waits_for_the_connection_to_it() -> None:
+    """It is not awaited any more as soon as it is listed."""
+
+    async def main() -> None:
+        coming = ToyWorker("coming", device="d1", connect_s=0.1)
+        router = Router(connect_to([coming]), 0.05, 5.0)
+        router.update([], awaited={"d1"})
+        asking = asyncio.create_task(collect(router, ask()))
+        await asyncio.sleep(0.1)
+        router.update([coming.member])
+        assert tokens_of(await asking) == reference(ask())
+        await router.close()
+
+    run(main())
+
+
+def test_sequences_of_a_lost_worker_go_to_who_has_their_kv_however_many() -> None:
+    async def main() -> None:
+        killed, idle, successor = workers = [ToyWorker(n, device=d) for n, d in (("a", "d0"), ("b", "d1"), ("c", "d0"))]
+        router = await routed(workers)
+        router.update([killed.member, replace(idle.member, speed=0.001)])
+        streams = [router.stream(ask(f"r{i}")) for i in range(4)]
+        got = [[await anext(stream)] for stream in streams]
+        killed.kill()
+        router.update([replace(idle.member, speed=1000.0), successor.member])
+        await asyncio.gather(*(collect_rest(stream, outputs) for stream, outputs in zip(streams, got, strict=True)))
+        assert [tokens_of(outputs) for outputs in got] == [reference(ask())] * 4
+        assert [len(worker.requests) for worker in workers] == [4, 0, 4]
+        await router.close()
+
+    run(main())
+
+
+def test_what_no_longer_fits_goes_on_elsewhere_and_waits_for_room() -> None:
+    """A device that takes over experts of a lost node may keep too little KV for what it runs."""
+
+    async def main() -> None:
+        shrinks, other = workers = [ToyWorker("shrinks"), ToyWorker("other", refuse=CacheTooSmall("has 9"))]
+        router = await routed(workers)
+        got: list[EngineOutput] = []
+        stream = router.stream(ask())
+        got.append(await anext(stream))
+        shrinks.moved_to, shrinks.refuse = "", CacheTooSmall("has 8")
+        rest = asyncio.ensure_future(collect_rest(stream, got))
+        await until(lambda: other.requests)
+        other.refuse = None
+        router.update([worker.member for worker in workers])  # or a second later
+        await rest
+        assert tokens_of(got) == reference(ask())
+        assert other.requests[-1].resumed
+
+        other.moved_to, other.refuse = "", CacheTooSmall("has 9")
+        shrinks.moved_to = shrinks.refuse = None
+        stream = router.stream(ask())
+        await anext(stream)
+        shrinks.moved_to, shrinks.refuse = "", CacheTooSmall("has 8")
+        with pytest.raises(StreamLost, match=r"within 0\.5 s: has"):
+            await collect_rest(stream, [])
         await router.close()
 
     run(main())

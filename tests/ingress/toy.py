@@ -56,6 +56,7 @@ class ToyWorker:
     moved_to: str | None = None
     on_death: Callable[[], None] = lambda: None
     device: str = ""
+    connect_s: float = 0.0
     load: EngineLoad = field(default_factory=lambda: EngineLoad(2, 3, 4, 5))
     clients: list[ToyClient] = field(default_factory=list)
     stirred: asyncio.Event = field(default_factory=asyncio.Event)
@@ -175,6 +176,7 @@ def connect_to(workers: Sequence[ToyWorker]) -> Callable[[Member], Awaitable[Toy
         worker = next(w for w in workers if w.name == member.name)
         if worker.down:
             raise ConnectionRefusedError("down")
+        await asyncio.sleep(worker.connect_s)
         return ToyClient(worker)
 
     return connect

@@ -275,7 +275,7 @@ class FakeHands:
         self.looks = 0  # at that
         self.killed: list[str] = []
 
-    async def nodes(self) -> list[NodeInfo]:
+    async def nodes(self, *, anew: bool = False) -> list[NodeInfo]:
         return self.alive
 
     async def start_owner(self, node: str, config: OwnerConfig, adopt_from: str | None = None) -> FakeOwner:

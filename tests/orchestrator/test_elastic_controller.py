@@ -100,6 +100,26 @@ def test_up_and_down_by_any_step(checkpoint: Path) -> None:
     asyncio.run(go())
 
 
+def test_a_node_that_joined_a_moment_ago_is_planned_with(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nodes are looked at four times a second; who plans looks at once."""
+
+    async def go() -> None:
+        async with controlled(checkpoint, 1) as (controller, hands, token):
+            known = [HERE]
+
+            async def nodes(*, anew: bool = False) -> list[NodeInfo]:
+                if anew:
+                    known[:] = hands.alive
+                return list(known)
+
+            monkeypatch.setattr(hands, "nodes", nodes)
+            hands.alive = [HERE, THERE]
+            await done(controller, token, await controller.scale(token, 2))
+            assert {worker.node for worker in (await controller.status()).workers} == {"here", "there"}
+
+    asyncio.run(go())
+
+
 def test_the_same_target_is_the_same_operation_and_being_there_is_done(checkpoint: Path) -> None:
     async def go() -> None:
         async with controlled(checkpoint, 1) as (controller, _, token):

@@ -71,6 +71,13 @@ class Member:
                 self._pipe.send((number, name, args))
         return answer
 
+    @property
+    def runs(self) -> bool:
+        """Whether it has not ended and is not stopped."""
+        if self.process.poll() is not None:
+            return False
+        return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] not in "TZ"
+
     def kill(self) -> None:
         """SIGKILL; returns when it is gone."""
         self.process.kill()
@@ -126,7 +133,7 @@ class ProcessHands:
         self._store: dist.TCPStore | None = None
         self._threads = ThreadPoolExecutor(32)  # some calls wait for long
 
-    async def nodes(self) -> list[NodeInfo]:
+    async def nodes(self, *, anew: bool = False) -> list[NodeInfo]:
         return [NodeInfo("here", "127.0.0.1", 2, 1 << 30)]
 
     async def start_owner(self, node: str, config: OwnerConfig, adopt_from: str | None = None) -> OwnerHandle:
@@ -166,7 +173,7 @@ class ProcessHands:
         member = self.workers.pop(name, None)
         if member is not None:
             try:
-                await asyncio.to_thread(member.call, "stop", limit_s=STOP_S)
+                await asyncio.to_thread(member.call, "stop", limit_s=STOP_S if member.runs else 0.0)
                 self.idle.append(member)
             except (InternalError, FutureTimeout):
                 await asyncio.to_thread(member.kill)

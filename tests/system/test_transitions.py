@@ -52,13 +52,24 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def members() -> Iterator[list[Member]]:
-    crew = [Member() for _ in range(6)]
-    yield crew
+@pytest.fixture(scope="module")
+def crew() -> Iterator[list[Member]]:
+    """Processes that are alive, as far as tests have left them: starting six takes longer than most of the tests."""
+    Member.all.clear()  # other modules' have ended
+    yield Member.all
     for member in Member.all:
         member.end()
     Member.all.clear()
+
+
+@pytest.fixture
+def members(crew: list[Member]) -> list[Member]:
+    for member in [member for member in crew if not member.runs]:
+        member.end()
+        crew.remove(member)
+    for _ in range(6 - len(crew)):
+        Member()
+    return list(crew)
 
 
 @dataclass

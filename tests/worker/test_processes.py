@@ -8,15 +8,17 @@ from contextlib import ExitStack
 
 import pytest
 import torch.distributed as dist
+from concertina.workers.engine.engine import Engine
 
 from ..model.loaded import Loaded
 from ..system.crew import Member
-from .site import Site, bring, until, worker_config
+from .site import LocalWorker, Site, bring, until, worker_config
 from .streams import Stream, clients
 
 pytestmark = pytest.mark.ray
 
 MakeSite = Callable[..., Site]
+Hire = Callable[..., LocalWorker]
 PROMPTS = [[11 * i + j for j in range(6 + 5 * i)] for i in range(4)]
 
 
@@ -82,6 +84,46 @@ def test_after_a_kill_a_standby_takes_the_device_and_nothing_is_computed_again(
         while site.node.held(f"exchange/{number}"):
             assert time.monotonic() < end_s, "the generation that was lost is still mapped"
             time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("peer", "step_s", "wait_s"), [(True, 100.0, 0.05), (True, 0.004, None), (False, 0.0, 0.05)])
+def test_who_takes_over_from_a_killed_worker_lets_its_sequences_come_first(
+    make_site: MakeSite,
+    hire: Hire,
+    members: list[Member],
+    monkeypatch: pytest.MonkeyPatch,
+    peer: bool,
+    step_s: float,
+    wait_s: float | None,
+) -> None:
+    """As many as end in a block that is not full, once, and without holding up a peer whose steps are short."""
+    waits: list[tuple[int, float]] = []
+
+    def noted(engine: Engine, count: int, limit_s: float) -> None:
+        waits.append((count - engine.submitted, limit_s))
+
+    monkeypatch.setattr(Engine, "await_submissions", noted)
+    devices = ["a", "b"] if peer else ["a"]
+    site, killed, others = make_site(*devices), members[0], [hire()] if peer else []
+    bring([killed, *others], site.generation(devices))
+    with clients() as client:
+        streams = [client.start(killed, list(range(i, 10 + 2 * i)), 120) for i in range(6)]
+        for stream in streams:
+            stream.wait_for(2)
+        killed.kill()
+        for other in others:
+            until(other, lambda report: report.parked)
+        monkeypatch.setattr(Engine, "step_s", property(lambda _: step_s))
+        standby = hire()
+        bring([standby, *others], site.generation(devices))
+        standby.worker.resize_kv(standby.worker.report().kv_blocks, ())  # comes at its next boundary
+        standby.worker.resize_kv(standby.worker.report().kv_blocks, ())
+    if wait_s is None:
+        assert waits == []
+    else:
+        ((due, limit_s),) = waits
+        assert 1 <= due <= len(streams)
+        assert limit_s == wait_s
 
 
 @pytest.mark.parametrize("separate", [False, True])

@@ -140,7 +140,7 @@ class EngineCore:
         """Take in empty blocks, then part with blocks until ``target`` are left; those parted with.
 
         Free blocks go first, then cached ones, then those of the latest arrivals, who wait again. Sequences that could
-        never fit end with an error. More than ``target`` are left only where that many are reserved.
+        never fit are to go on at any other device. More than ``target`` are left only where that many are reserved.
         """
         blocks = self.scheduler.blocks
         blocks.add(fresh)
@@ -194,7 +194,7 @@ class EngineCore:
 
     def _end_misfits(self, capacity: int) -> None:
         for seq in self.scheduler.misfits(capacity):
-            end = Finished("error", f"its KV no longer fits: the cache has shrunk to {capacity} blocks")
+            end = Finished("moved")
             self.scheduler.finish(seq, end)
             self._note_end(seq, end)
 

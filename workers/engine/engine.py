@@ -274,7 +274,8 @@ class Engine:
 
     def _row(self) -> Row:
         with self._lock:
-            return Row(int(self._core.scheduler.has_work), int(self._stop), self._offer.generation)
+            work, step_us = self._core.scheduler.has_work, round(self.step_s * 1e6)
+            return Row(int(work), int(self._stop), self._offer.generation, step_us)
 
     def _forward(self) -> list[EngineOutput]:
         began_s = self._clock()

@@ -25,6 +25,12 @@ class NeverFits(RequestRefused):
     kind: ClassVar[str] = "never_fits"
 
 
+class CacheTooSmall(NeverFits):
+    """The request is longer than this device's whole KV cache; another device may have more."""
+
+    kind: ClassVar[str] = "cache_too_small"
+
+
 class QueueFull(RequestRefused):
     """Too many sequences wait already; the same request may be sent again later."""
 
@@ -33,7 +39,7 @@ class QueueFull(RequestRefused):
 
 def refusal(kind: str, message: str) -> RequestRefused:
     """The error that a worker named on the wire; an unknown kind becomes the base class."""
-    for cls in (InvalidRequest, NeverFits, QueueFull):
+    for cls in (InvalidRequest, NeverFits, CacheTooSmall, QueueFull):
         if cls.kind == kind:
             return cls(message)
     return RequestRefused(message)

@@ -19,11 +19,13 @@ NOTHING = -1  # offered by who offers nothing
 
 
 class Row(NamedTuple):
-    """One member's word before a step: has it work, must all stop, which generation is it ready for."""
+    """One member's word before a step: has it work, must all stop, which generation is it ready for, how long was its
+    last step, or what came between (0: it has not made two)."""
 
     work: int
     stop: int
     offered: int
+    step_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ...errors import OperatorError
 from ..protocol import EngineLoad
 from .blocks import BlockManager
-from .errors import InvalidRequest, NeverFits, QueueFull
+from .errors import CacheTooSmall, InvalidRequest, NeverFits, QueueFull
 from .sequence import Finished, Running, Sequence, Waiting
 
 
@@ -102,7 +102,7 @@ class Scheduler:
         InvalidRequest
             The id is in use.
         NeverFits
-            It is longer than the context or than the whole pool.
+            It is longer than the context, or than the whole pool (`CacheTooSmall`).
         QueueFull
             ``max_running + max_waiting`` sequences are here already, and it is not resumed.
         """
@@ -183,7 +183,7 @@ class Scheduler:
         needed = self.blocks.blocks_for(seq.kv_tokens_at_most)
         if needed > self.blocks.capacity:
             size = self.blocks.block_tokens
-            raise NeverFits(
+            raise CacheTooSmall(
                 f"{asked} need {needed} KV blocks of {size} tokens; the whole cache has {self.blocks.capacity}"
             )
 
