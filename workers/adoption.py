@@ -29,7 +29,7 @@ _REST_BLOCKS = 64  # so many may be left to copy at the boundary itself, while n
 _READ_S = 2.0  # for a request ahead or at the boundary; who is slower is left without
 _ADOPT_READ_S = 5.0  # for a request afterwards: a deadline, or a recovery, may be waiting
 
-_COMING_S = (0.002, 0.05)  # what sequences need to come to a worker at least, and what is waited at most
+_COMING_S = (0.002, 0.1)  # what sequences need to come to a worker at least, and what is waited at most
 
 _Content = tuple[bytes, tuple[int, ...]]
 

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import InternalError
 from .generation import LEDGER_KEY, Assignment, kv_key
-from .kv.ledger import BlockRecord, Ledger, record_bytes
+from .kv.ledger import BlockRecord, Ledger, chain, record_bytes
 from .model.kv import KVCache
 from .pages.backend import runs
 from .pages.memfd import MemfdPool, map_pages
@@ -86,10 +86,13 @@ class DeviceKV:
 
     @property
     def running(self) -> int:
-        """How many sequences were running, by `ends` of what the ledger says."""
+        """How many sequences run, as the ledger has it: ends of used blocks that no other one continues."""
         with self._lock:
-            records = [self.ledger.read(pages[0]) for pages in self._pages.values()]
-        return self.ends(record for record in records if record is not None and record.used)
+            read = [self.ledger.read(pages[0]) for pages in self._pages.values()]
+        used = [record for record in read if record is not None and record.used]
+        continued = {record.prefix for record in used}
+        full = (record for record in used if len(record.tokens) == self.block_tokens)
+        return self.ends(used) + sum(chain(record.prefix, record.tokens) not in continued for record in full)
 
     def ends(self, records: Iterable[BlockRecord]) -> int:
         """How many sequences end in one of these blocks; of those that fill their last one nothing is known."""

@@ -11,7 +11,9 @@ import pytest
 from concertina.errors import InternalError
 from concertina.workers import adoption
 from concertina.workers.device_kv import DeviceKV
+from concertina.workers.engine.blocks import BlockManager
 from concertina.workers.engine.engine import Engine
+from concertina.workers.engine.notes import Notes
 from concertina.workers.generation import LEDGER_KEY, kv_key
 from concertina.workers.pages.memfd import MemfdBackend
 from concertina.workers.pages.sharing import fetch_pool
@@ -20,12 +22,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ..model.loaded import Loaded
-from .site import TOKEN, LocalWorker, Site, bring, until
+from .site import BLOCK_TOKENS, TOKEN, LocalWorker, Site, bring, until
 from .streams import clients
 
 MakeSite = Callable[..., Site]
 Hire = Callable[[], LocalWorker]
-BLOCKS = 12
+BLOCKS = 16
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,31 @@ def test_blocks_come_and_go_and_each_keeps_its_pages(kept_site: Site, moves: Seq
     kv.close()
     assert not site.node.held(kv_key("a"))
     assert kv.pages == ()
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(1, 3 * BLOCK_TOKENS), max_size=4),
+    shared=st.integers(0, BLOCK_TOKENS),
+    ended=st.sets(st.integers(0, 3)),
+)
+def test_how_many_sequences_run_is_known_from_the_ledger(
+    kept_site: Site, lengths: Sequence[int], shared: int, ended: set[int]
+) -> None:
+    """Wherever they end, and where they begin alike."""
+    kv = open_kv(kept_site)
+    blocks = BlockManager(kv.block_ids, BLOCK_TOKENS, notes=Notes(kv.ledger, kv.page_of))
+    for i, length in enumerate(lengths):
+        tokens = [*range(shared), *(100 * i + j for j in range(length))]
+        assert blocks.allocate(str(i), tokens, headroom=0) is not None
+        blocks.record(str(i), tokens, len(tokens))
+    assert kv.running == len(lengths)
+    for i in ended & set(range(len(lengths))):
+        blocks.release(str(i))
+    assert kv.running == len(lengths) - len(ended & set(range(len(lengths))))
+    for block in kv.block_ids:
+        kv.ledger.clear(kv.page_of(block))
+    kv.close()
 
 
 def test_what_is_refused_changes_nothing(make_site: MakeSite) -> None:

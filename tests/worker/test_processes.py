@@ -86,7 +86,7 @@ def test_after_a_kill_a_standby_takes_the_device_and_nothing_is_computed_again(
             time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("peer", "step_s", "wait_s"), [(True, 100.0, 0.05), (True, 0.004, None), (False, 0.0, 0.05)])
+@pytest.mark.parametrize(("peer", "step_s", "wait_s"), [(True, 100.0, 0.1), (True, 0.004, None), (False, 0.0, 0.1)])
 def test_who_takes_over_from_a_killed_worker_lets_its_sequences_come_first(
     make_site: MakeSite,
     hire: Hire,
@@ -96,7 +96,7 @@ def test_who_takes_over_from_a_killed_worker_lets_its_sequences_come_first(
     step_s: float,
     wait_s: float | None,
 ) -> None:
-    """As many as end in a block that is not full, once, and without holding up a peer whose steps are short."""
+    """As many as ran there, once, and without holding up a peer whose steps are short."""
     waits: list[tuple[int, float]] = []
 
     def noted(engine: Engine, count: int, limit_s: float) -> None:
@@ -104,7 +104,7 @@ def test_who_takes_over_from_a_killed_worker_lets_its_sequences_come_first(
 
     monkeypatch.setattr(Engine, "await_submissions", noted)
     devices = ["a", "b"] if peer else ["a"]
-    site, killed, others = make_site(*devices), members[0], [hire()] if peer else []
+    site, killed, others = make_site(*devices, blocks=240), members[0], [hire()] if peer else []
     bring([killed, *others], site.generation(devices))
     with clients() as client:
         streams = [client.start(killed, list(range(i, 10 + 2 * i)), 120) for i in range(6)]
@@ -122,7 +122,7 @@ def test_who_takes_over_from_a_killed_worker_lets_its_sequences_come_first(
         assert waits == []
     else:
         ((due, limit_s),) = waits
-        assert 1 <= due <= len(streams)
+        assert due == len(streams)
         assert limit_s == wait_s
 
 
