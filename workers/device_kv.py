@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -86,17 +86,17 @@ class DeviceKV:
 
     @property
     def running(self) -> int:
-        """How many sequences run, as the ledger has it: ends of used blocks that no other one continues."""
+        """How many sequences run, as the ledger has it."""
         with self._lock:
-            read = [self.ledger.read(pages[0]) for pages in self._pages.values()]
-        used = [record for record in read if record is not None and record.used]
-        continued = {record.prefix for record in used}
-        full = (record for record in used if len(record.tokens) == self.block_tokens)
-        return self.ends(used) + sum(chain(record.prefix, record.tokens) not in continued for record in full)
+            firsts = [pages[0] for pages in self._pages.values()]
+        read = [self.ledger.read(page) for page in firsts if self.ledger.used(page)]
+        return self.ends([record for record in read if record is not None])
 
-    def ends(self, records: Iterable[BlockRecord]) -> int:
-        """How many sequences end in one of these blocks; of those that fill their last one nothing is known."""
-        return sum(len(record.tokens) < self.block_tokens for record in records)
+    def ends(self, records: Collection[BlockRecord]) -> int:
+        """How many sequences end in one of these blocks: those that are half-filled, or that no other one continues."""
+        continued = {record.prefix for record in records}
+        size = self.block_tokens
+        return sum(len(r.tokens) < size or chain(r.prefix, r.tokens) not in continued for r in records)
 
     def memory(self, block: int) -> memoryview:
         """The bytes of a mapped block."""

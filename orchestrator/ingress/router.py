@@ -15,10 +15,8 @@ from .lanes import CONNECT_S, Lanes
 from .members import Connect, Member, NoWorker, StreamLost, WorkerLost
 from .prefixes import PrefixMemory
 
-PAUSE_S = (
-    0.1  # before a sequence that goes on, or waits for who comes, asks workers again that were full, or gave it up
-)
-ROOM_S = 1.0  # the same where their caches are too small: that changes with members, and else only slowly
+PAUSE_S = 0.1  # before workers that were full, or gave it up, are asked again for an interrupted sequence
+ROOM_S = 1.0  # before those are whose cache is too small for it: that changes with members, and else only slowly
 
 
 @dataclass(slots=True)

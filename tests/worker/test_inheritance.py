@@ -293,7 +293,7 @@ def test_an_abandoned_generation_takes_nothing(
 def test_the_heir_lets_running_sequences_come_before_its_next_step(
     make_site: MakeSite, hire: Hire, monkeypatch: pytest.MonkeyPatch, separate: bool
 ) -> None:
-    """It knows of as many as end in a block that is not full, and does not wait where steps are short."""
+    """It does not wait where steps are short. Of those that end in a block that was copied ahead it does not know."""
     site, workers = make_site("a", "b", blocks=ROOM, separate=separate), [hire(), hire()]
     bring(workers, site.generation(["a", "b"]))
     waits: list[tuple[int, float]] = []
@@ -312,7 +312,7 @@ def test_the_heir_lets_running_sequences_come_before_its_next_step(
         assert {stream.finished() for stream in streams} == {"moved"}
         next_boundary(workers[0])
         assert len(waits) == 1
-        assert 1 <= waits[0][0] <= len(streams)
+        assert (1 if separate else len(streams)) <= waits[0][0] <= len(streams)
         assert waits[0][1] == 0.1
         step_s = 0.004
         workers[1].worker.release("a")
