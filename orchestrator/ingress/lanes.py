@@ -50,11 +50,13 @@ class Lanes:
         return bool(self._lanes) and self._now_s() - latest_s < GRACE_S
 
     @property
-    def coming(self) -> bool:
-        """Somebody takes requests in a moment who does not now: awaited, or listed and being connected to."""
-        lately_s = self._now_s() - CONNECT_S
+    def coming_s(self) -> float:
+        """For how long somebody may be waited for who is awaited (without limit), or listed and being connected to."""
+        if self.awaited:
+            return math.inf
         missing = (lane for lane in self.all if not lane.connected and not lane.member.draining)
-        return bool(self.awaited) or any(max(lane.born_s, lane.ready_s) > lately_s for lane in missing)
+        latest_s = max((max(lane.born_s, lane.ready_s) for lane in missing), default=-math.inf)
+        return max(0.0, latest_s + CONNECT_S - self._now_s())
 
     def update(self, members: Sequence[Member], awaited: Set[str], heirs: Mapping[str, str]) -> None:
         """See `Router.update`."""

@@ -186,7 +186,7 @@ class Router:
     def _give_up(self, refusal: RequestRefused | None) -> None:
         if not isinstance(refusal, CacheTooSmall):
             raise QueueFull("every worker's queue is full")
-        if not self._lanes.coming:  # else who comes may have more memory
+        if not self._lanes.coming_s:  # else who comes may have more memory
             raise refusal
 
     def _someone_ready(self) -> bool:
@@ -233,12 +233,10 @@ class Router:
         lost_s = way.state.interrupted_at_s
         why = f": {way.refusal}" if way.refusal else ""
         if lost_s is None:
-            patience_s = self._worker_wait_s
-            if self._lanes.coming:
-                patience_s = max(patience_s, self._recovery_timeout_s)
-            left_s = way.started_s + patience_s - self._now_s()
+            waited_s = self._now_s() - way.started_s
+            left_s = max(self._worker_wait_s - waited_s, min(self._lanes.coming_s, self._recovery_timeout_s - waited_s))
             if left_s <= 0:
-                raise NoWorker(f"no worker available for {patience_s:g} s{why}")
+                raise NoWorker(f"no worker available for {waited_s:.1f} s{why}")
             return left_s
         left_s = lost_s + self._recovery_timeout_s - self._now_s()
         if left_s <= 0:

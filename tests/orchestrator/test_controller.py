@@ -187,7 +187,7 @@ def test_a_surprise_in_the_loop_is_a_failure_too(checkpoint: Path, monkeypatch: 
         hands = FakeHands(HERE)
         async with controlled(DeploymentConfig(str(checkpoint), 2, standbys=0), hands) as controller:
 
-            async def broken() -> None:
+            async def broken(*, anew: bool = False) -> None:
                 raise ValueError("surprise")
 
             monkeypatch.setattr(hands, "nodes", broken)
