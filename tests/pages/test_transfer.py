@@ -302,8 +302,7 @@ def test_what_is_no_page_server_is_an_error(said: bytes) -> None:
     thread.join()
 
 
-def test_a_server_that_falls_silent_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_client, "REQUEST_TIMEOUT_S", 0.1)
+def test_a_server_that_falls_silent_times_out() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         source = PageSource("", "127.0.0.1", listener.getsockname()[1], "t")
         with pytest.raises(InternalError, match="no answer: timed out"):
@@ -317,7 +316,7 @@ def test_a_server_that_falls_silent_times_out(monkeypatch: pytest.MonkeyPatch) -
 
         thread = threading.Thread(target=welcome)
         thread.start()
-        with open_pages(source, 5) as reader, pytest.raises(InternalError, match="lost while reading: timed out"):
+        with open_pages(source, 5, 0.1) as reader, pytest.raises(InternalError, match="lost while reading: timed out"):
             reader.read_into([1], [memoryview(bytearray(PAGE))])
         thread.join()
         accepted[0].close()
