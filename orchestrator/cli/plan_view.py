@@ -42,7 +42,7 @@ def progress_on(console: Console) -> Iterator[Callable[[PlanProgress], None]]:
 def size(count: float) -> str:
     """Bytes for people: 3 significant digits, decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:  # else it would be rounded to 1e+03
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.4g} TB"

@@ -103,10 +103,13 @@ def _pages_table(pools: tuple[PoolStatus, ...]) -> Table:
 
 def _count(n: int) -> str:
     """``999``, ``12.3k``, ``4.6M``: at most six characters up to 999 billion."""
-    for size, unit in ((10**9, "G"), (10**6, "M"), (10**4, "k")):
-        if n >= size:
-            return f"{n / (1000 if unit == 'k' else size):,.1f}{unit}"
-    return str(n)
+    if n < 10**4:
+        return str(n)
+    shown, unit = n / 1e3, "k"
+    for larger in "MG":
+        if shown >= 999.95:  # else it would be rounded to 1,000.0
+            shown, unit = shown / 1e3, larger
+    return f"{shown:,.1f}{unit}"
 
 
 def _spread(counts: tuple[int, ...]) -> str:

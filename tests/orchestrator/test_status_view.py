@@ -11,7 +11,7 @@ import pytest
 from concertina.orchestrator.cli.status_view import StatusView
 from concertina.orchestrator.status import DeploymentStatus, PoolStatus, WorkerStatus
 from concertina.workers.protocol import EngineLoad
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -89,6 +89,7 @@ numbers = st.integers(0, 10**11)
 
 
 @given(numbers, numbers, numbers, st.integers(0, 999), st.integers(0, 10**6), st.sampled_from(["serving", "preparing"]))
+@example(0, 999_950, 999_950_000, 0, 999_999, "preparing")  # what rounds to a thousand of its unit
 @settings(max_examples=50, deadline=None)
 def test_it_fits_80_columns(prompt: int, generated: int, routed: int, busy: int, blocks: int, state: str) -> None:
     load = EngineLoad(busy, busy, blocks, blocks)

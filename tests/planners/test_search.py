@@ -198,6 +198,7 @@ def test_flow_finds_the_best_shares(seed: int, mixed: bool) -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**6), st.booleans(), st.sampled_from([2.0, 20.0]))
+@example(299, True, 2.0)  # the best trio's slowest device is one that keeps what it has
 def test_the_best_of_many_trios_is_the_best_of_all_ways(seed: int, mixed: bool, size: float) -> None:
     la = layer(seed, 7, 4, 3, size, mixed)
     search = one_each(la)
@@ -212,7 +213,8 @@ def test_the_best_of_many_trios_is_the_best_of_all_ways(seed: int, mixed: bool, 
             search.put(r, x, y)
         search.rebalance(*range(4))
         sound(la, search.layout())
-        touched = {d for _, *ends in dealt.moves for d in ends} | {a}
-        assert max(search.flow.time[d] for d in touched) == pytest.approx(best)
+        touched = {d for _, *ends in dealt.moves for d in ends} | {a}  # a partner may keep just what it has
+        trios = [(a, b, c) for b, c in pairs if touched <= {a, b, c}]
+        assert pytest.approx(best) in [max(search.flow.time[d] for d in trio) for trio in trios]
     else:
         assert dealt is None
