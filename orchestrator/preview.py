@@ -101,7 +101,7 @@ def preview(
 
 
 def _all_pools(path: Sequence[Layout]) -> dict[str, str]:
-    return {name: node for layout in path for name, node in layout.pools().items()}
+    return {name: node for layout in path for name, node in layout.pools.items()}
 
 
 def _held(layout: Layout) -> dict[str, set[tuple[int, int]]]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from ..errors import OperatorError
@@ -58,6 +59,18 @@ class Placement:
             for expert, replicas in enumerate(experts):
                 self._check_expert(f"placement: layer {layer}, expert {expert}", replicas)
             self._check_slots(layer)
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        """In columns: of thousands of small objects pickle takes ten times as long."""
+        counts_LE = [[len(replicas) for replicas in experts] for experts in self.replicas_LE]
+        every = [r for experts in self.replicas_LE for replicas in experts for r in replicas]
+        return self.devices, counts_LE, [r.device for r in every], [r.slot for r in every], [r.share for r in every]
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        devices, counts_LE, *columns = state
+        every = map(Replica, *columns)
+        layers = tuple(tuple(tuple(islice(every, count)) for count in counts_E) for counts_E in counts_LE)
+        self.__dict__.update(devices=devices, replicas_LE=layers)
 
     def _check_expert(self, where: str, replicas: Sequence[Replica]) -> None:
         if not replicas:

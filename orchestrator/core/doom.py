@@ -45,7 +45,7 @@ def _concerns(effect: Effect, pending: Pending) -> bool:
         case StartWorker(worker, _):
             return worker in pending.record.workers
         case StartOwner(pool) | Fill(pool):
-            return pool in pending.record.layout.pools()
+            return pool in pending.record.layout.pools
         case OpenStore():
             return True
         case ResizeKV():

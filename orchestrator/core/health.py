@@ -73,7 +73,7 @@ def filled(record: Record, snapshot: Snapshot) -> bool:
         return False  # a hung worker might wake and write into the KV that another one takes over
     if any(worker not in snapshot.workers for worker in record.workers):
         return False
-    pools = [snapshot.pools.get(pool) for pool in record.layout.pools()]
+    pools = [snapshot.pools.get(pool) for pool in record.layout.pools]
     if any(fact is not None and (fact.failed or fact.stale) for fact in pools):
         return False  # members would wait for its pages in vain
     return not any(missing(record, snapshot))
@@ -95,7 +95,7 @@ def missing(record: Record, snapshot: Snapshot) -> Iterator[StartOwner | Fill]:
 
 def missing_pools(record: Record, snapshot: Snapshot) -> Iterator[StartOwner]:
     """Owners that the generation needs and that do not live, though their node does."""
-    for pool, node in record.layout.pools().items():
+    for pool, node in record.layout.pools.items():
         if pool not in snapshot.pools and node in snapshot.nodes:
             yield StartOwner(pool, node, record.layout.pool_pages(pool))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Literal
 
 from ...planners.placement import Placement
 from ...workers.generation import TRUNK_KEY, ExchangeKind, expert_key, kv_key
@@ -27,9 +29,11 @@ class Seat:
     kind: Kind = CPU
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """One complete configuration. Rank ``r`` sits at ``seats[r]`` and is device ``r`` of the placement.
+
+    What follows from it is found once: every decision of the controller asks for all of it, several times.
 
     Parameters
     ----------
@@ -64,31 +68,44 @@ class Layout:
     length_blocks: int = 0
     inventory: Inventory = ALIKE
 
-    @property
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @cached_property
     def devices(self) -> tuple[str, ...]:
         """Devices by rank."""
         return tuple(seat.device for seat in self.seats)
 
-    @property
+    @cached_property
     def nodes(self) -> tuple[str, ...]:
         """Nodes in the order of their first seat."""
         return tuple(dict.fromkeys(seat.node for seat in self.seats))
 
     def device_pool(self, rank: int) -> str:
         """Pool that holds this rank's experts and KV cache."""
-        seat = self.seats[rank]
-        return node_pool(seat.node) if self.memory_mode == "shared" else own_pool(seat)
+        return self._device_pools[rank]
 
+    @cached_property
+    def _device_pools(self) -> tuple[str, ...]:
+        shared = self.memory_mode == "shared"
+        return tuple(node_pool(seat.node) if shared else own_pool(seat) for seat in self.seats)
+
+    @cached_property
     def pools(self) -> Mapping[str, str]:
         """Every pool and its node."""
         pools = {node_pool(node): node for node in self.nodes}
-        pools.update({self.device_pool(rank): seat.node for rank, seat in enumerate(self.seats)})
-        return pools
+        pools.update({pool: seat.node for pool, seat in zip(self._device_pools, self.seats, strict=True)})
+        return MappingProxyType(pools)
 
-    def experts_of(self, rank: int) -> list[tuple[int, int]]:
+    def experts_of(self, rank: int) -> tuple[tuple[int, int], ...]:
         """(MoE layer, expert) of every physical expert on this rank, by layer and slot."""
+        return self._experts_R[rank]
+
+    @cached_property
+    def _experts_R(self) -> tuple[tuple[tuple[int, int], ...], ...]:
         on = self.placement.experts_LD
-        return [(layer, expert) for layer in range(len(on)) for expert in on[layer][rank]]
+        ranks = range(len(self.seats))
+        return tuple(tuple((n, expert) for n, layer in enumerate(on) for expert in layer[rank]) for rank in ranks)
 
     def kv_blocks(self, rank: int) -> int:
         """KV blocks that this rank has beside its experts and the room kept for others."""
@@ -160,23 +177,29 @@ class Layout:
 
     def extents(self, generation: int) -> Mapping[str, tuple[ExtentRequest, ...]]:
         """What every pool must hold before this generation can run."""
-        wanted: dict[str, dict[str, ExtentRequest]] = {pool: {} for pool in self.pools()}
+        if not self.exchange_pages:
+            return self._lasting
+        pool = node_pool(self.seats[0].node)
+        exchange = ExtentRequest(f"exchange/{generation}", "exchange", self.exchange_pages)
+        return {**self._lasting, pool: (*self._lasting[pool], exchange)}
+
+    @cached_property
+    def _lasting(self) -> Mapping[str, tuple[ExtentRequest, ...]]:
+        """Extents that have the same names in every generation of this layout."""
+        wanted: dict[str, dict[str, ExtentRequest]] = {pool: {} for pool in self.pools}
 
         def want(pool: str, request: ExtentRequest) -> None:
             wanted[pool][request.key] = request
 
         for node in self.nodes:
             want(node_pool(node), ExtentRequest(TRUNK_KEY, "trunk", self.memory.trunk_pages))
-        if self.exchange_pages:
-            key = f"exchange/{generation}"
-            want(node_pool(self.seats[0].node), ExtentRequest(key, "exchange", self.exchange_pages))
         for rank, seat in enumerate(self.seats):
             pool = self.device_pool(rank)
             for layer, expert in self.experts_of(rank):
                 want(pool, ExtentRequest(expert_key(layer, expert), "experts", self.memory.expert_pages))
             pages = self.kv_blocks(rank) * self.memory.kv_block_pages
             want(pool, ExtentRequest(kv_key(seat.device), "kv", pages))
-        return {pool: tuple(requests.values()) for pool, requests in wanted.items()}
+        return MappingProxyType({pool: tuple(requests.values()) for pool, requests in wanted.items()})
 
 
 def node_pool(node: str) -> str:

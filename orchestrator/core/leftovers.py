@@ -182,7 +182,7 @@ def _standby_pools(state: State, snapshot: Snapshot) -> Iterator[StartOwner | St
     """Where devices have memories of their own: keep those that as many new devices would have, on whichever node."""
     assert state.serving is not None
     layout = state.serving.layout
-    needed = layout.pools()
+    needed = layout.pools
     next_ones = islice(layout.inventory.free(layout.devices), state.standbys if layout.memory_mode == "separate" else 0)
     nodes = [node for node in layout.nodes if node in snapshot.nodes]
     wanted = {}

@@ -40,7 +40,9 @@ def request(
     operation = Operation(f"op-{state.next_operation}", kind, text, route, now_s, cordons=cordons, subject=subject)
     at_rest = state.pending is None and not state.broken and not (leaving is not None and leaving.begun)
     if at_rest and state.serving is not None and state.serving.layout == route[-1]:
-        operation = replace(operation, outcome="done", reason="nothing to do", committed_s=now_s, ended_s=now_s)
+        operation = replace(
+            operation, outcome="done", reason="nothing to do", committed_s=now_s, ended_s=now_s, route=()
+        )
     operations = (*state.operations, operation)[-_KEPT:]
     attempts = state.attempts if state.broken else 0  # those that recover what serves go on
     return replace(state, operations=operations, next_operation=state.next_operation + 1, attempts=attempts)
@@ -72,10 +74,10 @@ def cancel(state: State, operation_id: str, now_s: float) -> State:
 
 
 def end(state: State, outcome: Outcome, reason: str, now_s: float) -> State:
-    """Note what became of the operation under way, if there is one."""
+    """Note what became of the operation under way, if there is one; where it went is not kept."""
     if state.operation is None:
         return state
-    ended = replace(state.operation, outcome=outcome, reason=reason, ended_s=now_s)
+    ended = replace(state.operation, outcome=outcome, reason=reason, ended_s=now_s, route=())
     # Devices that have left may be handing over still: of one that is superseded after its commit, or of earlier ones.
     deadlines = state.deadlines
     if outcome == "done":

@@ -49,7 +49,7 @@ def family(memory_mode: MemoryMode, nodes: int) -> tuple[Layout, ...]:
 
 def node_pages(layouts: Sequence[Layout]) -> tuple[Layout, ...]:
     """The same layouts on nodes whose pools have room for any of them, and for KV of two devices that have left."""
-    pools = {pool for layout in layouts for pool in layout.pools() if pool.startswith("node/")}
+    pools = {pool for layout in layouts for pool in layout.pools if pool.startswith("node/")}
     most = max(layout.pool_pages(pool) for layout in layouts for pool in pools)
     more = 2 * max(layout.memory.device_pages for layout in layouts)
     return tuple(replace(layout, node_pages=most + more) for layout in layouts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from concertina.orchestrator.core.layout import Layout
 from concertina.orchestrator.core.state import Record, State
 from concertina.workers.generation import LEDGER_KEY, kv_key
@@ -9,25 +11,29 @@ from concertina.workers.generation import LEDGER_KEY, kv_key
 from .core_processes import Worker, must
 from .core_world import World
 
+Routes = Mapping[str, tuple[Layout, ...]]
 
-def check_rest(state: State, world: World) -> None:
-    """One generation serves, as asked for, and nothing else is there."""
+
+def check_rest(state: State, world: World, routes: Routes) -> None:
+    """One generation serves, as asked for by operations with these routes, and nothing else is there."""
     serving = state.serving
     must(serving is not None and state.pending is None and state.operation is None, "C9: not at rest")
     assert serving is not None
     must(world.steps(serving.id), f"C9: generation {serving.id} makes no steps: {world.workers}")
-    _check_layout(state, serving.layout, world)
+    _check_layout(state, serving.layout, world, routes)
     _check_pools(state, serving, world)
     _check_kv(serving, world)
     _check_workers(state, serving, world)
 
 
-def _check_layout(state: State, layout: Layout, world: World) -> None:
+def _check_layout(state: State, layout: Layout, world: World, routes: Routes) -> None:
     """It is the goal of the last operation that succeeded, or on the way of a later one; without lost devices."""
     must(set(layout.nodes) <= world.nodes_alive, "C9: a device is on a node that is gone")
     done = max((i for i, o in enumerate(state.operations) if o.outcome == "done"), default=-1)
     must(done >= 0, "C9: nothing was ever done")
-    allowed = [state.operations[done].goal, *(each for o in state.operations[done + 1 :] for each in o.route)]
+    must(not any(o.route for o in state.operations), "C9: an operation that has ended keeps its layouts")
+    later = (each for o in state.operations[done + 1 :] for each in routes[o.id])
+    allowed = [routes[state.operations[done].id][-1], *later]
     if layout in allowed:
         return
     survivors = [[s for s in other.seats if s.node == "a"] for other in allowed]

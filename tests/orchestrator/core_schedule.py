@@ -51,6 +51,7 @@ class Schedule:
         self.state = self.saved = State(standbys=order.choice((0, 0, 1)))
         self.ended: dict[tuple[str, float], str] = {}
         self.requested = self.started = 0
+        self.routes: dict[str, tuple[Layout, ...]] = {}  # of every operation
         self.again_s = self.opens_s = inf  # until when anything, and the next generation, is put off
 
     def use(self, mode: MemoryMode, layouts: tuple[Layout, ...]) -> None:
@@ -83,7 +84,7 @@ class Schedule:
         self.faults_left, self.stale = 0, 0.0
         self.note("quiet from here on")
         self.settle()
-        check_rest(self.state, self.world)
+        check_rest(self.state, self.world, self.routes)
         must(not self.turn(), "C4: at rest something is asked for")
 
     def turn(self) -> tuple[Effect, ...]:
@@ -210,6 +211,8 @@ class Schedule:
         self.requested += 1
         before = self.state
         self.state = request(before, kind, f"#{self.requested}", route, self.world.now_s, leaving, subject)
+        if self.state.next_operation > before.next_operation:
+            self.routes[self.state.operations[-1].id] = route
         if before.operation is not None and self.state.operations[-1].id != before.operation.id:
             told = next(o for o in self.state.operations if o.id == before.operation.id)
             must(told.outcome == "superseded", f"C13: {told.id} is {told.outcome}, and another one was begun")

@@ -70,7 +70,7 @@ class OneFault(Schedule):
             self.began = self.started
             self.ask("scale", self.way[1:])
             self.settle()
-            check_rest(self.state, self.world)
+            check_rest(self.state, self.world, self.routes)
             self._check_outcome()
         except Exception as e:
             again = f"python -m tests.orchestrator.test_simulation {self.named}"

@@ -80,12 +80,14 @@ class FakeOwner:
 
     async def trim(self, key: str, keep: Sequence[int]) -> tuple[int, ...]:
         self._alive()
-        self.extents[key] = tuple(page for page in self.extents[key] if page in set(keep))
+        kept = set(keep)
+        self.extents[key] = tuple(page for page in self.extents[key] if page in kept)
         return self.extents[key]
 
     async def relabel(self, key: str, pages: Sequence[int], to_key: str) -> None:
         self.extents[to_key] = (*self.extents.get(to_key, ()), *pages)
-        self.extents[key] = tuple(page for page in self.extents[key] if page not in pages)
+        gone = set(pages)
+        self.extents[key] = tuple(page for page in self.extents[key] if page not in gone)
         if not self.extents[key]:
             del self.extents[key]
 

@@ -80,7 +80,7 @@ def test_an_operation_is_tried_again_at_once_then_after_a_second(mode: MemoryMod
     assert schedule.pauses_s[1:] == roughly(0.0, 1.0)
     schedule.kinds = ()
     schedule.settle()
-    check_rest(schedule.state, schedule.world)
+    check_rest(schedule.state, schedule.world, schedule.routes)
 
 
 def test_in_a_pause_nothing_is_done_that_the_next_attempt_would_undo() -> None:

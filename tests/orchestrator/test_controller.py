@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 from concertina.errors import InternalError, OperatorError
+from concertina.orchestrator import controller as module
+from concertina.orchestrator import under_way
 from concertina.orchestrator.balancer import Balancer
 from concertina.orchestrator.config import DeploymentConfig, EndpointOptions, EngineOptions
 from concertina.orchestrator.controller import Controller
@@ -119,9 +121,11 @@ def test_two_nodes_have_an_owner_each_and_meet_at_a_store(checkpoint: Path) -> N
 @pytest.mark.parametrize("call", ["start_owner", "start_worker", "fill", "prepare", "commit", "open_store"])
 @pytest.mark.parametrize(("error", "tries"), [(OperatorError("the disk burns"), 1), (InternalError("it broke"), 3)])
 def test_a_failed_step_ends_the_start_with_its_reason(
-    checkpoint: Path, call: str, error: Exception, tries: int
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: Exception, tries: int
 ) -> None:
     """What a second try cannot help is not tried again; other faults are, three times."""
+    monkeypatch.setattr(module, "_TICK_S", 0.1)
+    monkeypatch.setattr(under_way, "_BACK_OFF_S", 0.02)
 
     async def go() -> None:
         hands = FakeHands(HERE)
@@ -134,7 +138,7 @@ def test_a_failed_step_ends_the_start_with_its_reason(
         assert (status.phase, status.detail) == ("failed", str(error))
         assert hands.faults.calls.count(call) <= 2 * tries
         calls = len(hands.faults.calls)
-        await asyncio.sleep(1.1)  # a tick later nothing was tried again
+        await asyncio.sleep(0.3)  # ticks later nothing was tried again
         assert len(hands.faults.calls) == calls
         await controller.stop()
 
@@ -166,8 +170,9 @@ def test_what_cannot_be_starts_nothing(
 
 
 @pytest.mark.parametrize("call", ["start_owner", "start_worker", "fill", "prepare", "commit"])
-def test_a_surprise_in_an_effect_is_a_failure_too(checkpoint: Path, call: str) -> None:
+def test_a_surprise_in_an_effect_is_a_failure_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     """Any exception, not only ours: else the effect would be asked for again and again, silently."""
+    monkeypatch.setattr(under_way, "_BACK_OFF_S", 0.02)
 
     async def go() -> None:
         hands = FakeHands(HERE)

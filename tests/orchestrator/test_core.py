@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from dataclasses import replace
 
@@ -58,7 +59,7 @@ def test_every_order_ends_with_the_target_serving(seats, mode, exchange, order):
     schedule.settle()
     assert schedule.state.serving is not None
     assert schedule.state.serving.layout == schedule.layouts[0]
-    check_rest(schedule.state, schedule.world)
+    check_rest(schedule.state, schedule.world, schedule.routes)
 
 
 @given(SEATS, SEATS, MODES, ORDERS)
@@ -71,7 +72,7 @@ def test_a_new_target_replaces_the_old_one(before, after, mode, order):
     old = dict(zip([device for device, _ in before], schedule.state.serving.workers, strict=True))
     schedule.ask("scale", schedule.layouts[1:])
     schedule.settle()
-    check_rest(schedule.state, schedule.world)
+    check_rest(schedule.state, schedule.world, schedule.routes)
     record = schedule.state.serving
     assert record.layout == schedule.layouts[1]
     for device, worker in zip(record.layout.devices, record.workers, strict=True):
@@ -295,6 +296,24 @@ def test_shared_memory_holds_an_expert_once():
     assert sum(r.purpose == "experts" for rs in separate.values() for r in rs) == 2 * 3
 
 
+@given(SEATS, MODES, ORDERS)
+@settings(max_examples=30, deadline=None)
+def test_a_layout_is_written_down_without_what_follows_from_it(seats, mode, order):
+    layout = make_layout(seats, "gloo", mode, random_placement(order, [device for device, _ in seats]))
+    before = pickle.dumps(layout)
+    known = [layout.extents(7), layout.pools, *map(layout.kv_blocks, range(len(seats)))]
+    assert pickle.dumps(layout) == before
+    again = pickle.loads(before)
+    assert again == layout
+    assert [again.extents(7), again.pools, *map(again.kv_blocks, range(len(seats)))] == known
+
+
+def test_every_generation_has_an_exchange_of_its_own():
+    layout = make_layout(TWO)
+    seven, eight = ({r.key for r in layout.extents(n)["node/a"]} for n in (7, 8))
+    assert seven ^ eight == {"exchange/7", "exchange/8"}
+
+
 @given(SEATS, ORDERS)
 @settings(max_examples=30, deadline=None)
 def test_pools_have_room_for_what_they_must_hold(seats, order):
@@ -318,7 +337,7 @@ def test_kv_stays_until_the_switch_where_shared_memory_holds_it(nodes, data):
     """No more KV is there before it than one of the two layouts has; where it would be, that of who stays gives way."""
     layouts = family("shared", nodes)
     old, new = data.draw(st.sampled_from(layouts)), data.draw(st.sampled_from(layouts))
-    for pool in set(old.pools()) & set(new.pools()):
+    for pool in set(old.pools) & set(new.pools):
         before, after = _blocks(old, pool), _blocks(new, pool)
         staying = {device for device in before if device in after}
         fits = sum({**after, **before}.values()) <= max(sum(before.values()), sum(after.values()))

@@ -108,7 +108,7 @@ def test_cancel_before_commit_leaves_everything_as_it_was(schedule: Schedule, st
     schedule.settle()
     assert last(schedule) == ("canceled", "as asked")
     assert serving(schedule) == before
-    check_rest(schedule.state, schedule.world)
+    check_rest(schedule.state, schedule.world, schedule.routes)
 
 
 def test_cancel_is_refused_once_it_commits(schedule: Schedule) -> None:
@@ -228,7 +228,7 @@ def test_an_operation_that_keeps_failing_fails_with_its_reason(schedule: Schedul
     assert schedule.state.next_generation - generation == (1 if lasting else 3)
     schedule.settle()
     assert serving(schedule) == before
-    check_rest(schedule.state, schedule.world)
+    check_rest(schedule.state, schedule.world, schedule.routes)
 
 
 def test_old_operations_are_forgotten() -> None:
@@ -238,3 +238,4 @@ def test_old_operations_are_forgotten() -> None:
         state = request(state, "scale", str(i), (layouts[-(i % 2)],), float(i))
     assert len(state.operations) == 50
     assert state.operations[-1].id == "op-120"
+    assert not any(o.route for o in state.operations[:-1])  # else all layouts since the start would be kept

@@ -82,7 +82,7 @@ def test_peaks_hold_both_layouts(first: int, then: int, separate: bool) -> None:
     target = resized(current, then, planned_for)
     peaks = {pool.pool: pool.peak_pages for pool in preview(current, target).pools}
     for layout in (current, target):
-        for pool in layout.pools() if current != target else ():
+        for pool in layout.pools if current != target else ():
             assert used(layout, pool) <= peaks[pool] <= layout.pool_pages(pool)
 
 

@@ -72,7 +72,7 @@ def test_any_count_to_any_other(
         assert len(kept) == min(workers, len(current.seats))
         assert list(target.seats[: len(kept)]) == kept
         assert target.memory.page_bytes == current.memory.page_bytes
-        for pool in set(target.pools()) & set(current.pools()):
+        for pool in set(target.pools) & set(current.pools):
             if pool.startswith("node/"):
                 assert target.pool_pages(pool) == current.pool_pages(pool)
         if workers == len(current.seats):

@@ -152,7 +152,7 @@ async def settled(load: Load, workers: int) -> DeploymentStatus:
             status = await controller.status()
             states = [w.state for w in status.workers]
             record = controller._state.serving
-            whole = record is not None and {pool.name for pool in status.pools} >= set(record.layout.pools())
+            whole = record is not None and {pool.name for pool in status.pools} >= set(record.layout.pools)
             if (
                 whole
                 and status.phase == "serving"
@@ -221,11 +221,11 @@ def test_requests_do_not_notice_transitions(checkpoint: Path, members: list[Memb
                 size = first or choose.choice([n for n in (1, 2, 3, 4) if n != size])
                 before, had = controller._state.serving, taken_in(hands)
                 operation = await controller.scale(load.token, size)
+                asked = controller._state.operations[-1]
                 ended = await controller.operation(load.token, operation.id, LIMIT_S)
                 assert (ended.state, ended.reason) == ("done", ""), ended
                 await settled(load, size)
                 await cleared(load)
-                asked = controller._state.operations[-1]
                 planned = preview(before.layout, asked.goal, asked.route)
                 has = taken_in(hands)
                 for pool in planned.pools:
