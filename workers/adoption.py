@@ -29,7 +29,7 @@ _REST_BLOCKS = 64  # so many may be left to copy at the boundary itself, while n
 _READ_S = 2.0  # for a request ahead or at the boundary; who is slower is left without
 _ADOPT_READ_S = 5.0  # for a request afterwards: a deadline, or a recovery, may be waiting
 
-_COMING_S = (0.002, 0.1)  # what sequences need to come to a worker at least, and what is waited at most
+_COMING_S = (0.002, 0.2)  # what sequences need to come to a worker at least, and what is waited at most
 
 _Content = tuple[bytes, tuple[int, ...]]
 
@@ -77,7 +77,7 @@ def await_sequences(engine: Engine, due: int, rows: Sequence[Row]) -> None:
     """At a boundary, in the engine's thread: let sequences come whose KV this worker has just taken over.
 
     Who comes just too late waits for a whole step. It takes them some milliseconds, by way of their clients' router.
-    Nobody waits for more than a quarter of a step. Where no member has made one, nobody is held up in the middle of an
+    Nobody waits for more than half a step. Where no member has made one, nobody is held up in the middle of an
     answer but those that have come.
 
     Parameters
@@ -89,7 +89,7 @@ def await_sequences(engine: Engine, due: int, rows: Sequence[Row]) -> None:
         Everyone's words at this boundary.
     """
     step_s = max(row.step_us for row in rows) / 1e6
-    limit_s = min(step_s / 4 or inf, _COMING_S[1])
+    limit_s = min(step_s / 2 or inf, _COMING_S[1])
     if limit_s >= _COMING_S[0]:
         engine.await_submissions(due, limit_s)
 

@@ -313,8 +313,8 @@ def test_the_heir_lets_running_sequences_come_before_its_next_step(
         next_boundary(workers[0])
         assert len(waits) == 1
         assert (1 if separate else len(streams)) <= waits[0][0] <= len(streams)
-        assert waits[0][1] == 0.1
-        step_s = 0.004
+        assert waits[0][1] == 0.2
+        step_s = 0.003
         workers[1].worker.release("a")
         bring(workers, site.generation(["a", "b"]))
         bring(workers[:1], inheriting(site, ["a"], 0, "b"), workers[1], heir="a")

@@ -86,7 +86,7 @@ def test_after_a_kill_a_standby_takes_the_device_and_nothing_is_computed_again(
             time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("peer", "step_s", "wait_s"), [(True, 100.0, 0.1), (True, 0.004, None), (False, 0.0, 0.1)])
+@pytest.mark.parametrize(("peer", "step_s", "wait_s"), [(True, 100.0, 0.2), (True, 0.003, None), (False, 0.0, 0.2)])
 def test_who_takes_over_from_a_killed_worker_lets_its_sequences_come_first(
     make_site: MakeSite,
     hire: Hire,
