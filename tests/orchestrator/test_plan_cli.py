@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from concertina.errors import OperatorError
+from concertina.orchestrator.cli import plan_view
 from concertina.orchestrator.cli.plan import command
 from concertina.orchestrator.fleetfile import read_fleet
 from concertina.orchestrator.plandoc import read_plan
@@ -68,6 +69,13 @@ def test_a_robust_plan_is_for_workers_that_split_every_batch(tmp_path: Path) -> 
     assert "by samples that none had seen" in plan.reason
     assert 0 < plan.bound_s <= evaluate(plan.problem, plan.placement).total
     assert run("compare", str(path), str(path)).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(999.4, "999 B"), (999.6, "1 kB"), (999_499, "999 kB"), (999_999, "1 MB"), (1.5e12, "1.5 TB")]
+)
+def test_sizes_have_three_digits(count: float, shown: str) -> None:
+    assert plan_view.size(count) == shown
 
 
 def test_the_plan_is_a_sound_placement_file(first: Path) -> None:

@@ -85,6 +85,13 @@ def test_nothing_yet(workers: list[WorkerStatus]) -> None:
     assert "mine" in text(deployment(*workers, pools=()))
 
 
+@pytest.mark.parametrize(
+    ("n", "shown"), [(9_999, "9999"), (10_000, "10.0k"), (999_949, "999.9k"), (999_950, "1.0M"), (10**11, "100.0G")]
+)
+def test_counts_are_short(n: int, shown: str) -> None:
+    assert row(text(deployment(worker(0, prompt_tokens=n))), "cpu-0")[7] == shown
+
+
 numbers = st.integers(0, 10**11)
 
 

@@ -15,7 +15,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -153,11 +152,12 @@ def ask(url: str, model: str) -> int:
 
 
 @pytest.mark.timeout(600)
-def test_a_job_serves_until_it_is_stopped(head: Head, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", [["concertina"], ["python", "-m", "concertina"]], ids=["script", "module"])
+def test_a_job_serves_until_it_is_stopped(head: Head, tmp_path: Path, form: list[str]) -> None:
     checkpoint = make_checkpoint("qwen3_moe", tmp_path / "tiny")
     port = free_port()
-    job, url = "serves", f"http://127.0.0.1:{port}"
-    serve = ["concertina", "serve", str(checkpoint), "--workers", "2", "--port", str(port)]
+    job, url = f"serve-{form[0]}", f"http://127.0.0.1:{port}"
+    serve = [*form, "serve", str(checkpoint), "--workers", "2", "--port", str(port)]
     head.ray("job", "submit", "--no-wait", "--submission-id", job, "--working-dir", ".", "--", *serve)
     wait_for(lambda: healthy(url) or "RUNNING" not in state(head, job), lambda: head.ray("job", "logs", job), START_S)
     assert healthy(url), head.ray("job", "logs", job)
@@ -189,19 +189,9 @@ def state(head: Head, job: str) -> str:
 
 
 def test_the_upload_is_small(head: Head) -> None:
-    """Ray leaves out what ``.gitignore`` names, ``.git`` and virtual environments; the package is there as a module."""
+    """Ray leaves out what ``.gitignore`` names, ``.git`` and virtual environments."""
     done = subprocess.run(
-        [
-            str(BIN / "ray"),
-            "job",
-            "submit",
-            "--working-dir",
-            ".",
-            "--",
-            "sh",
-            "-c",
-            "du -sb . && ls -A && python -m concertina --version",
-        ],
+        [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", "sh", "-c", "du -sb . && ls -A"],
         cwd=ROOT,
         env=head.env,
         capture_output=True,
@@ -215,4 +205,3 @@ def test_the_upload_is_small(head: Head) -> None:
     assert int(size[1]) < MOST_UPLOADED_BYTES
     assert "pyproject.toml" in done.stdout.split()
     assert not {".venv", ".git", ".demo"} & set(done.stdout.split())
-    assert f"concertina, version {version('concertina')}" in done.stdout
