@@ -29,7 +29,8 @@ _REST_BLOCKS = 64  # so many may be left to copy at the boundary itself, while n
 _READ_S = 2.0  # for a request ahead or at the boundary; who is slower is left without
 _ADOPT_READ_S = 5.0  # for a request afterwards: a deadline, or a recovery, may be waiting
 
-_COMING_S = (0.002, 0.2)  # what sequences need to come to a worker at least, and what is waited at most
+_COMING_S = 0.002  # what sequences need to come to a worker at least
+_LONG_STEP_S = 0.4  # a longer step counts as one of this length where others wait for a part of it
 
 _Content = tuple[bytes, tuple[int, ...]]
 
@@ -73,12 +74,11 @@ def adopt(
         engine.call(lambda: kv.unmap(engine.adopt([], blocks)))
 
 
-def await_sequences(engine: Engine, due: int, rows: Sequence[Row]) -> None:
+def await_sequences(engine: Engine, due: int, rows: Sequence[Row], part: float) -> None:
     """At a boundary, in the engine's thread: let sequences come whose KV this worker has just taken over.
 
     Who comes just too late waits for a whole step. It takes them some milliseconds, by way of their clients' router.
-    Nobody waits for more than half a step. Where no member has made one, nobody is held up in the middle of an
-    answer but those that have come.
+    Where no member has made one, nobody is held up in the middle of an answer but those that have come.
 
     Parameters
     ----------
@@ -87,10 +87,12 @@ def await_sequences(engine: Engine, due: int, rows: Sequence[Row]) -> None:
         Of `Engine.submitted`, once all have come.
     rows : sequence of Row
         Everyone's words at this boundary.
+    part : float
+        Of a step: so long everybody may wait.
     """
     step_s = max(row.step_us for row in rows) / 1e6
-    limit_s = min(step_s / 2 or inf, _COMING_S[1])
-    if limit_s >= _COMING_S[0]:
+    limit_s = min(step_s or inf, _LONG_STEP_S) * part
+    if limit_s >= _COMING_S:
         engine.await_submissions(due, limit_s)
 
 
@@ -146,7 +148,7 @@ class Inheritance:
     def take(self, engine: Engine) -> None:
         """At the boundary, in the engine's thread: all that running sequences have and that is not here yet."""
         kv = self._kv
-        self.due = engine.submitted
+        self.due = engine.submitted_before  # those that have come already, faster than this, count as well
         try:
             for groups in self._near:
                 used = [group for group in groups if kv.ledger.used(group[0])]

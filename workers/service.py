@@ -259,7 +259,9 @@ class Service:
         It is left only at the boundary after: then every member has come, and nobody still reads what was sent there.
         """
         self._leave()
+        patience = 0.5  # of a step: after a failure all have stood still for longer
         if self.engine.generation != self.part.generation:
+            patience = 0.25
             with self._changed:
                 coming = self._parts[self.engine.generation]
             if coming.inheritance is not None:  # before anybody hears of it: then pages of leavers may be freed
@@ -272,7 +274,7 @@ class Service:
                 self._changed.notify_all()
             self._set_threads()
         if self._due > self.engine.submitted:
-            await_sequences(self.engine, self._due, rows)
+            await_sequences(self.engine, self._due, rows, patience)
         self._due = 0
 
     def _begin_to_move(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from concertina.errors import InternalError
 from concertina.workers import adoption
+from concertina.workers.adoption import Inheritance
 from concertina.workers.engine.engine import Engine
 from concertina.workers.generation import Assignment, kv_key
 from concertina.workers.pages.transfer import LocalPages, PageReader, PageSource, open_pages
@@ -289,11 +290,13 @@ def test_an_abandoned_generation_takes_nothing(
     assert workers[0].worker.report().prepared == frozenset()
 
 
-@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize(("separate", "early"), [(False, 0), (True, 0), (False, 2)])
 def test_the_heir_lets_running_sequences_come_before_its_next_step(
-    make_site: MakeSite, hire: Hire, monkeypatch: pytest.MonkeyPatch, separate: bool
+    make_site: MakeSite, hire: Hire, monkeypatch: pytest.MonkeyPatch, separate: bool, early: int
 ) -> None:
-    """It does not wait where steps are short. Of those that end in a block that was copied ahead it does not know."""
+    """Not where steps are short, nor one that has come before it took anything over. Of those that end in a block that
+    was copied ahead it does not know.
+    """
     site, workers = make_site("a", "b", blocks=ROOM, separate=separate), [hire(), hire()]
     bring(workers, site.generation(["a", "b"]))
     waits: list[tuple[int, float]] = []
@@ -302,6 +305,13 @@ def test_the_heir_lets_running_sequences_come_before_its_next_step(
         waits.append((count - engine.submitted, limit_s))
 
     step_s = 100.0
+    take = Inheritance.take
+
+    def late(inheritance: Inheritance, engine: Engine) -> None:
+        engine.submitted += early
+        take(inheritance, engine)
+
+    monkeypatch.setattr(Inheritance, "take", late)
     monkeypatch.setattr(Engine, "await_submissions", noted)
     monkeypatch.setattr(Engine, "step_s", property(lambda engine: step_s))
     with clients() as client:
@@ -312,8 +322,8 @@ def test_the_heir_lets_running_sequences_come_before_its_next_step(
         assert {stream.finished() for stream in streams} == {"moved"}
         next_boundary(workers[0])
         assert len(waits) == 1
-        assert (1 if separate else len(streams)) <= waits[0][0] <= len(streams)
-        assert waits[0][1] == 0.2
+        assert (1 if separate else len(streams) - early) <= waits[0][0] <= len(streams) - early
+        assert waits[0][1] == 0.1
         step_s = 0.003
         workers[1].worker.release("a")
         bring(workers, site.generation(["a", "b"]))

@@ -69,8 +69,9 @@ class Engine:
         Gets everyone's rows at each step boundary, after a change was committed; runs in the loop's thread.
     step_ends_s : deque of float
         When the latest forward passes ended, by ``clock``.
-    submitted : int
-        Requests that were queued so far.
+    submitted, submitted_before : int
+        Requests that were queued so far, and when this engine last said its row: nobody can have left since then and
+        sent its sequences here.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Engine:
         self.generation = 0
         self.step_ends_s: deque[float] = deque(maxlen=_STEPS_KEPT)
         self.on_boundary: Callable[[Sequence[Row]], None] | None = None
-        self.submitted = 0
+        self.submitted = self.submitted_before = 0
         self._decoder, self._kv, self._exchange = decoder, kv, exchange
         self._clock, self._draw_seed, self._sleep = clock, draw_seed, sleep
         notes = Notes(kv.ledger, kv.page_of)
@@ -274,6 +275,7 @@ class Engine:
 
     def _row(self) -> Row:
         with self._lock:
+            self.submitted_before = self.submitted
             work, step_us = self._core.scheduler.has_work, round(self.step_s * 1e6)
             return Row(int(work), int(self._stop), self._offer.generation, step_us)
 
