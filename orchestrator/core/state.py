@@ -77,10 +77,9 @@ class Operation:
     """What was asked for, and what became of it. Times are the shell's, in seconds; 0 is not yet.
 
     ``route`` are layouts to go through, one generation each; the last one is the goal. One that has ended has none: the
-    state is written down whole, and layouts are most of it. ``cordons`` is the node that it
-    keeps new devices from, if it is the first to do so. ``subject`` is what of its kind it is about (a number of
-    workers, a device, a node): asking for that again is this operation, whatever would be planned by now. Empty: only
-    the goal says so.
+    state is written down whole, and layouts are most of it. ``cordons`` is the node that it keeps new devices from, if
+    it is the first to do so. ``subject`` is what of its kind it is about (a number of workers, a device, a node):
+    asking for that again is this operation, whatever would be planned by now. Empty: only the goal says so.
     """
 
     id: str
