@@ -81,7 +81,7 @@ def _settings(config: DeploymentConfig, model: ModelFiles) -> IngressSettings:
         checkpoint=config.checkpoint,
         max_model_len=max_model_len(config, model),
         api_keys=endpoint.api_keys,
-        max_waiting=config.engine.max_waiting * config.workers,
+        max_waiting=config.engine.max_waiting,
     )
 
 

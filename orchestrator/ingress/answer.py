@@ -26,7 +26,7 @@ class Endpoint(Protocol):
     chunk_kind: str
     id_prefix: str
 
-    async def read(self, body: Fields, tokenizer: Tokenizer, max_model_len: int) -> Job:
+    async def read(self, body: Fields, tokenizer: Tokenizer, max_model_len: int, max_prompts: int) -> Job:
         """The job that a body asks for."""
 
     def choice(self, index: int, piece: Piece, vocabulary: Vocabulary, wants_logprobs: bool) -> dict[str, Any]:
@@ -92,6 +92,7 @@ class EventWriter:
         self._vocabulary = vocabulary
         self._wants_logprobs = job.sampling.logprobs is not None
         self._opened: set[int] = set()
+        self._ended: set[int] = set()
         fields = {"id": head.id, "object": endpoint.chunk_kind, "created": head.created, "model": head.model}
         self._start = b"data: " + _json(fields)[:-1] + b', "choices": ['
         self._end = b'], "usage": null}\n\n' if job.include_usage else b"]}\n\n"
@@ -113,7 +114,8 @@ class EventWriter:
         if opening is not None and choice.index not in self._opened:
             self._opened.add(choice.index)
             out = self._event(choice.index, b'"delta": ' + _json(opening), b"null", None)
-        if piece.text or piece.entries or piece.finish:
+        finish = None if choice.index in self._ended else piece.finish  # it may have come while the others were written
+        if piece.text or piece.entries or finish:
             logprobs = b"null"
             if self._wants_logprobs and piece.entries:
                 logprobs = _json(self._endpoint.logprobs(piece.entries, self._vocabulary))
@@ -122,7 +124,9 @@ class EventWriter:
                 content = b'"text": ' + text
             else:
                 content = b'"delta": {"content": ' + text + b"}" if piece.text else b'"delta": {}'
-            out += self._event(choice.index, content, logprobs, piece.finish)
+            out += self._event(choice.index, content, logprobs, finish)
+        if finish:
+            self._ended.add(choice.index)
         return out
 
     def _event(self, index: int, content: bytes, logprobs: bytes, finish: str | None) -> bytes:

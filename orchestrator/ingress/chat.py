@@ -37,8 +37,8 @@ class Chat:
     chunk_kind = "chat.completion.chunk"
     id_prefix = "chatcmpl-"
 
-    async def read(self, body: Fields, tokenizer: Tokenizer, max_model_len: int) -> Job:
-        """Check a body and turn its messages into token ids.
+    async def read(self, body: Fields, tokenizer: Tokenizer, max_model_len: int, max_prompts: int) -> Job:
+        """Check a body and turn its messages, which are one prompt, into token ids.
 
         Raises
         ------
@@ -51,7 +51,9 @@ class Chat:
         stops = read_stops(body)
         wish = self._max_tokens(body)
         options = {"add_generation_prompt": body.boolean("add_generation_prompt", True)}
-        prompt = await tokenizer.encode_chat(_messages(body), {**body.child("chat_template_kwargs").data, **options})
+        variables = body.child("chat_template_kwargs")
+        variables.refuse(NEUTRAL)  # transformers takes them, the template among them, for arguments of its own
+        prompt = await tokenizer.encode_chat(_messages(body), {**variables.data, **options})
         if not prompt:
             raise invalid("messages: give no token", "messages", "empty_prompt")
         most = fit_context((prompt,), wish, max_model_len, "messages")

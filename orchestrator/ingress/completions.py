@@ -24,7 +24,7 @@ class Completions:
     chunk_kind = "text_completion"
     id_prefix = "cmpl-"
 
-    async def read(self, body: Fields, tokenizer: Tokenizer, max_model_len: int) -> Job:
+    async def read(self, body: Fields, tokenizer: Tokenizer, max_model_len: int, max_prompts: int) -> Job:
         """Check a body and turn its prompts into token ids.
 
         Raises
@@ -41,13 +41,13 @@ class Completions:
             raise unsupported("echo", "log-probabilities of a prompt are not computed; leave out echo or logprobs")
         wish = body.integer("max_tokens", None, 1, 2**31 - 1)
         stops = read_stops(body)
-        prompts = await self._prompts(body, tokenizer)
+        prompts = await self._prompts(body, tokenizer, max_prompts)
         fits = fit_context(prompts, wish, max_model_len, "prompt")
         most = min(fits, DEFAULT_MAX_TOKENS) if wish is None else fits
         return Job(
             model=body.text("model"),
             prompts=prompts,
-            echo=self._echo(body.get("prompt"), prompts, tokenizer) if echo else (),
+            echo=_echo(_items(body), prompts, tokenizer) if echo else (),
             n=n,
             sampling=read_sampling(body, tokenizer.vocab_size, most, logprobs),
             stops=stops,
@@ -73,29 +73,31 @@ class Completions:
             "text_offset": [e.offset for e in entries],
         }
 
-    async def _prompts(self, body: Fields, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-        prompt = body.get("prompt")
-        items = prompt if isinstance(prompt, list) and not are_ids(prompt, 2**63) else [prompt]
+    @staticmethod
+    async def _prompts(body: Fields, tokenizer: Tokenizer, most: int) -> tuple[tuple[int, ...], ...]:
+        items = _items(body)
         if not items or not all(isinstance(item, str | list) and item for item in items):
             raise body.wrong("prompt", PROMPT)
-        prompts = [await self._prompt(body, item, tokenizer) for item in items]
+        if len(items) > most:
+            raise invalid(f"prompt: {len(items)} prompts: expected at most {most}", "prompt", "invalid_value")
+        if any(isinstance(item, list) and not are_ids(item, tokenizer.vocab_size) for item in items):
+            raise body.wrong("prompt", f"{PROMPT}, ids from 0 to {tokenizer.vocab_size - 1}")
+        encoded = iter(await tokenizer.encode([item for item in items if isinstance(item, str)]))
+        prompts = tuple(next(encoded) if isinstance(item, str) else tuple(item) for item in items)
         if not all(prompts):
             raise invalid("prompt: gives no token", "prompt", "empty_prompt")
-        return tuple(prompts)
+        return prompts
 
-    async def _prompt(self, body: Fields, item: str | list[Any], tokenizer: Tokenizer) -> tuple[int, ...]:
-        if isinstance(item, str):
-            return await tokenizer.encode(item)
-        if not are_ids(item, tokenizer.vocab_size):
-            raise body.wrong("prompt", f"{PROMPT}, ids from 0 to {tokenizer.vocab_size - 1}")
-        return tuple(item)
 
-    @staticmethod
-    def _echo(prompt: Any, ids: Sequence[Sequence[int]], tokenizer: Tokenizer) -> tuple[str, ...]:
-        if isinstance(prompt, str):
-            return (prompt,)
-        texts = prompt if isinstance(prompt[0], str) else []
-        return tuple(texts) or tuple(tokenizer.decode(p) for p in ids)
+def _items(body: Fields) -> list[Any]:
+    """What stands for a prompt each."""
+    prompt = body.get("prompt")
+    return prompt if isinstance(prompt, list) and not are_ids(prompt, 2**63) else [prompt]
+
+
+def _echo(items: Sequence[Any], prompts: Sequence[Sequence[int]], tokenizer: Tokenizer) -> tuple[str, ...]:
+    pairs = zip(items, prompts, strict=True)
+    return tuple(item if isinstance(item, str) else tokenizer.decode(ids) for item, ids in pairs)
 
 
 def _name(vocabulary: Vocabulary, token_id: int) -> str:

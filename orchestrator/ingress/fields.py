@@ -57,9 +57,13 @@ class Fields:
             return default
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.wrong(key, expected)
-        if not math.isfinite(value) or not accepts(value):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number) or not accepts(number):
             raise self.wrong(key, expected)
-        return float(value)
+        return number
 
     def boolean(self, key: str, default: bool = False) -> bool:
         value = self.get(key)

@@ -144,7 +144,9 @@ class Generation:
 
     def _request(self, index: int) -> EngineRequest:
         prompt, choice = divmod(index, self._job.n)
-        return EngineRequest(f"{self._id}-{index}", self._job.prompts[prompt], self._job.sampling_of(choice))
+        sampling = self._job.sampling_of(choice)
+        # A further choice is part of what has begun: no queue that filled up meanwhile refuses it.
+        return EngineRequest(f"{self._id}-{index}", self._job.prompts[prompt], sampling, resumed=choice > 0)
 
     def _choice(self, index: int, tokenizer: Tokenizer) -> Choice:
         prompt = index // self._job.n

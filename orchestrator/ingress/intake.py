@@ -56,7 +56,7 @@ async def read_json(request: Request, most_bytes: int) -> Fields:
     """
     raw = await _read(request, most_bytes)
     try:
-        data: Any = json.loads(raw)
+        data: Any = json.loads(raw.decode("utf-8-sig"))  # by itself it would take halves of characters for text
         if b"\\u" in raw:
             json.dumps(data, ensure_ascii=False).encode()  # a lone surrogate is no text
     except (ValueError, RecursionError) as e:

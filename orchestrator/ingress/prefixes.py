@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 BLOCK = 64  # tokens
+
+
+@dataclass(slots=True)
+class _Cache:
+    """What a device computes until it leaves; ``heir`` has it then. A device that comes again begins another one."""
+
+    device: str
+    heir: _Cache | None = None
 
 
 class PrefixMemory:
@@ -21,37 +30,36 @@ class PrefixMemory:
 
     def __init__(self, capacity: int = 65536) -> None:
         self._capacity = capacity
-        self._devices: OrderedDict[int, str] = OrderedDict()
-        self._heirs: dict[str, str] = {}
+        self._found: OrderedDict[int, _Cache] = OrderedDict()
+        self._caches: dict[str, _Cache] = {}
 
     def remember(self, tokens: Sequence[int], device: str) -> None:
-        self._heirs.pop(device, None)
+        cache = self._cache(device)
         for key in _chain(tokens):
-            self._devices[key] = device
-            self._devices.move_to_end(key)
-        while len(self._devices) > self._capacity:
-            self._devices.popitem(last=False)
+            self._found[key] = cache
+            self._found.move_to_end(key)
+        while len(self._found) > self._capacity:
+            self._found.popitem(last=False)
 
     def inherit(self, device: str, heir: str) -> None:
         """What ``device`` had, ``heir`` has from now on."""
-        self._heirs.pop(heir, None)  # hence no circles
-        if device != heir:
-            self._heirs[device] = heir
+        if device != heir and (left := self._caches.pop(device, None)):
+            left.heir = self._cache(heir)
 
     def longest(self, tokens: Sequence[int]) -> dict[str, int]:
         """For each device that has a prefix of ``tokens``, the length in tokens of the longest one."""
         found: dict[str, int] = {}
         for i, key in enumerate(_chain(tokens)):
-            device = self._devices.get(key)
-            if device is None:
+            cache = self._found.get(key)
+            if cache is None:
                 break
-            found[self._now_at(device)] = (i + 1) * BLOCK
+            while cache.heir is not None:
+                cache = self._found[key] = cache.heir
+            found[cache.device] = (i + 1) * BLOCK
         return found
 
-    def _now_at(self, device: str) -> str:
-        while device in self._heirs:
-            device = self._heirs[device]
-        return device
+    def _cache(self, device: str) -> _Cache:
+        return self._caches.setdefault(device, _Cache(device))
 
 
 def _chain(tokens: Sequence[int]) -> Iterator[int]:

@@ -74,6 +74,11 @@ class Router:
         return self._lanes.awaited
 
     @property
+    def workers(self) -> int:
+        """Devices that take requests, or will once their worker is replaced or connected to; at least 1."""
+        return max(1, len(self.awaited.union(x.member.device for x in self.lanes if not x.member.draining)))
+
+    @property
     def ready(self) -> bool:
         """Some worker takes requests, or will in a moment."""
         return self._lanes.ready

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from ...workers.engine.errors import QueueFull
 from .account import Account, Queue
 from .answer import Endpoint
-from .api_errors import ApiError, invalid
+from .api_errors import ApiError
 from .event_stream import unless_gone
 from .failures import CLIENT_GONE, FAILURES, api_error
 from .intake import read_json
@@ -77,10 +77,9 @@ class Service:
     async def _admit(self, endpoint: Endpoint, request: Request) -> Job:
         body = await read_json(request, self.settings.max_body_bytes)
         self.check_model(body.text("model"))
-        job = await endpoint.read(body, self.tokenizer, self.settings.max_model_len)
-        most, waiting = self.settings.max_waiting, self.queue.waiting
-        if len(job.prompts) > most:
-            raise invalid(f"prompt: {len(job.prompts)} prompts: expected at most {most}", "prompt", "invalid_value")
+        most = self.settings.max_waiting * self.router.workers
+        job = await endpoint.read(body, self.tokenizer, self.settings.max_model_len, most)
+        waiting = self.queue.waiting
         if waiting + len(job.prompts) > most:
             raise QueueFull(f"{waiting} sequences are waiting already, of at most {most}")
         return job

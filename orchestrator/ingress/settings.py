@@ -22,7 +22,7 @@ class IngressSettings:
     api_keys : tuple of str
         Accepted keys; empty means that no key is asked for. Never printed.
     max_waiting : int
-        Sequences that may wait for their first token; further requests get 429.
+        Sequences per worker that may wait for their first token; further requests get 429.
     max_body_bytes : int
         Largest request body.
     worker_wait_s : float

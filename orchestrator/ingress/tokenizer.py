@@ -63,11 +63,13 @@ class Tokenizer:
         stop_ids |= _ids(generation.get("eos_token_id"))
         return cls(tokenizer, frozenset(stop_ids), int(config.get("vocab_size") or 0))
 
-    async def encode(self, text: str, special: bool = True) -> tuple[int, ...]:
-        """Ids of a text, with the special tokens that begin or end one where ``special``."""
-        if len(text) < LONG_TEXT:
-            return self._encode(text, special)
-        return await asyncio.to_thread(self._encode, text, special)
+    async def encode(self, texts: Sequence[str], special: bool = True) -> list[tuple[int, ...]]:
+        """Ids of each text, with the special tokens that begin or end one where ``special``."""
+
+        def encoded() -> list[tuple[int, ...]]:
+            return [self._encode(text, special) for text in texts]
+
+        return encoded() if sum(map(len, texts)) < LONG_TEXT else await asyncio.to_thread(encoded)
 
     async def encode_chat(self, messages: Messages, options: Mapping[str, Any]) -> tuple[int, ...]:
         """Ids of a conversation in the checkpoint's chat template.
@@ -85,7 +87,7 @@ class Tokenizer:
             text = await asyncio.to_thread(self._render, messages, options)
         except (TemplateError, TypeError, ValueError, KeyError) as e:
             raise invalid(f"The model's chat template refuses these messages: {e}", "messages") from e
-        return await self.encode(text, special=False)
+        return (await self.encode([text], special=False))[0]
 
     def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
         """A fresh detokenizer for what follows ``prompt``."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from concertina.orchestrator.ingress.api_errors import ApiError
+from concertina.orchestrator.ingress.completions import Completions
+from concertina.orchestrator.ingress.fields import Fields
 from concertina.orchestrator.ingress.tokenizer import Tokenizer
 from openai import OpenAI
 
@@ -188,10 +193,14 @@ def test_chat_logprobs(client: OpenAI) -> None:
     assert [item.top_logprobs for item in bare.choices[0].logprobs.content or []] == [[], []]
 
 
-def test_echo(client: OpenAI) -> None:
+def test_echo(client: OpenAI, tokenizer: Tokenizer) -> None:
     bare = client.completions.create(model="toy", prompt="the fox", max_tokens=5)
     echo = client.completions.create(model="toy", prompt="the fox", max_tokens=5, echo=True)
     assert echo.choices[0].text == "the fox" + bare.choices[0].text
+    mixed: Any = ["the fox", list(tokenizer._encode("hello", True))]
+    both = client.completions.create(model="toy", prompt=mixed, max_tokens=5, echo=True)
+    assert both.choices[0].text == echo.choices[0].text
+    assert both.choices[1].text.startswith("hello")
 
 
 def test_sampling_fields_reach_the_engine(serve: Serve) -> None:
@@ -224,6 +233,31 @@ def test_further_choices_follow_the_first_token(serve: Serve) -> None:
     seeds = [r.sampling.seed for r in worker.requests]
     assert seeds[0] == 5
     assert len(set(seeds)) == 3
+    assert [r.resumed for r in worker.requests] == [False, True, True]  # so that no full queue refuses them
+
+
+def test_many_prompts_do_not_hold_the_streams_up(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a request are one piece of work beside the event loop, and too many are refused before it."""
+    threads: list[int] = []
+
+    def encode(text: str, special: bool) -> tuple[int, ...]:
+        threads.append(threading.get_ident())
+        return (len(text),)
+
+    async def read(texts: list[str], most: int) -> tuple[tuple[int, ...], ...]:
+        body = Fields({"model": "toy", "prompt": texts})
+        return (await Completions().read(body, tokenizer, 10_000, most)).prompts
+
+    monkeypatch.setattr(tokenizer, "_encode", encode)
+    assert asyncio.run(read(["ab", "c"], 2)) == ((2,), (1,))
+    assert set(threads) == {threading.get_ident()}
+    threads.clear()
+    with pytest.raises(ApiError, match="at most 3"):
+        asyncio.run(read(["x" * 2000] * 4, 3))
+    assert threads == []
+    asyncio.run(read(["x" * 2000] * 4, 4))
+    assert len(threads) == 4
+    assert threading.get_ident() not in threads
 
 
 def test_health_and_metrics(serve: Serve) -> None:

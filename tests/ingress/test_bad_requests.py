@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from concertina.errors import OperatorError
+from concertina.orchestrator.ingress.members import Member
 from concertina.orchestrator.ingress.settings import IngressSettings
 from concertina.orchestrator.ingress.tokenizer import Tokenizer
 from concertina.workers.engine.errors import InvalidRequest, NeverFits, QueueFull
@@ -65,6 +66,7 @@ COMPLETION_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": True}, "max_tokens", "True"),
     ({"temperature": -0.1}, "temperature", "from 0 to 2"),
     ({"temperature": "hot"}, "temperature", "'hot'"),
+    ({"temperature": 10**400}, "temperature", "from 0 to 2"),
     ({"top_p": 0}, "top_p", "above 0"),
     ({"top_k": 1.5}, "top_k", "1.5"),
     ({"top_k": -2}, "top_k", "-1"),
@@ -142,6 +144,8 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"modalities": ["audio"]}, "modalities", "not supported"),
     ({"chat_template": "{{ x }}"}, "chat_template", "not supported"),
     ({"chat_template_kwargs": 5}, "chat_template_kwargs", "object"),
+    ({"chat_template_kwargs": {"chat_template": "{{ x }}"}}, "chat_template_kwargs.chat_template", "not supported"),
+    ({"chat_template_kwargs": {"tools": [{}]}}, "chat_template_kwargs.tools", "not supported"),
 ]
 
 
@@ -176,8 +180,17 @@ def test_harmless_fields_are_accepted(front: Front) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b"[" * 15_000, b'{"model": "toy", "prompt": "\\ud800"}'],
-    ids=["empty", "cut", "list", "string", "bytes", "deep", "surrogate"],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"x"',
+        b"\xff\xfe",
+        b"[" * 15_000,
+        b'{"model": "toy", "prompt": "\\ud800"}',
+        b'{"model": "toy", "prompt": "\xed\xa0\x80"}',
+    ],
+    ids=["empty", "cut", "list", "string", "bytes", "deep", "surrogate", "raw surrogate"],
 )
 def test_bodies_that_are_no_json_object(front: Front, body: bytes) -> None:
     answer = post(front, body)
@@ -276,6 +289,20 @@ def test_queue_full(serve: Serve) -> None:
         thread.join(20)
     assert answers[0].status_code == 200
     assert post(front, GOOD).status_code == 200
+
+
+def test_the_queue_grows_and_shrinks_with_the_workers(serve: Serve) -> None:
+    workers = [ToyWorker("w0"), ToyWorker("w1"), ToyWorker("w2")]
+    front = serve(*workers, max_waiting=2)
+    for count in (3, 1, 2):
+        front.run(lambda count=count: front.router.update([w.member for w in workers[:count]]))
+        assert post(front, {**GOOD, "prompt": ["a"] * 2 * count}).status_code == 200
+        answer = post(front, {**GOOD, "prompt": ["a"] * (2 * count + 1)})
+        assert answer.status_code == 400
+        assert f"at most {2 * count}" in error_of(answer)["message"]
+    draining = Member("w1", "toy", 1, draining=True)
+    front.run(lambda: front.router.update([workers[0].member, draining], {"w2"}))
+    assert front.router.workers == 2  # one takes requests, one is being replaced
 
 
 def test_a_burst_does_not_pass_the_queue_together(serve: Serve) -> None:

@@ -574,6 +574,19 @@ def test_prefix_memory_of_a_device_that_left() -> None:
     assert memory.longest([2] * BLOCK) == memory.longest([1] * BLOCK) == {"a": BLOCK}
 
 
+def test_prefix_memory_of_a_device_that_comes_again() -> None:
+    """It is empty: what it had before stays with who took it over."""
+    memory = PrefixMemory()
+    memory.remember([1] * BLOCK, "a")
+    memory.inherit("a", "b")
+    memory.remember([2] * BLOCK, "a")
+    assert memory.longest([1] * BLOCK) == {"b": BLOCK}
+    assert memory.longest([2] * BLOCK) == {"a": BLOCK}
+    memory.inherit("b", "a")
+    memory.inherit("a", "c")
+    assert memory.longest([1] * BLOCK) == memory.longest([2] * BLOCK) == {"c": BLOCK}
+
+
 @given(st.lists(st.integers(0, 3), max_size=4 * BLOCK), st.lists(st.integers(0, 3), max_size=4 * BLOCK))
 def test_prefix_memory(first: list[int], second: list[int]) -> None:
     memory = PrefixMemory()

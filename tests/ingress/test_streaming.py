@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from concertina.orchestrator.ingress.answer import EventWriter, Head
 from concertina.orchestrator.ingress.completions import Completions
 from concertina.orchestrator.ingress.fields import Fields
 from concertina.orchestrator.ingress.generation import Generation
@@ -74,20 +75,45 @@ def metrics_of(front: Front) -> str:
     return str(front.app.state.service.metrics.render().decode())
 
 
-def test_what_came_meanwhile_is_one_write(checkpoint: Path) -> None:
-    """A reader who comes back late finds one event per choice, with all its text."""
+class Silent:
+    def submitted(self) -> None: ...
+    def progressed(self, tokens: int, gap_s: float | None) -> None: ...
+    def ended(self, had_tokens: bool) -> None: ...
 
-    class Silent:
-        def submitted(self) -> None: ...
-        def progressed(self, tokens: int, gap_s: float | None) -> None: ...
-        def ended(self, had_tokens: bool) -> None: ...
+
+def test_a_choice_ends_once(checkpoint: Path) -> None:
+    """Its last tokens may come between the first look at it and the first write."""
 
     async def main() -> None:
         tokenizer = Tokenizer.load(str(checkpoint))
         worker = ToyWorker()
         router = Router(connect_to([worker]))
         router.update([worker.member])
-        job = await Completions().read(Fields({**BODY, "n": 2}), tokenizer, 100)
+        endpoint = Completions()
+        job = await endpoint.read(Fields({**BODY, "max_tokens": 2}), tokenizer, 100, 1)
+        generation = Generation("x", job, router, tokenizer, Silent())
+        writer = EventWriter(endpoint, Head("x", 0, "toy"), job, tokenizer.vocabulary)
+        updates = generation.updates()
+        first = await anext(updates)
+        async with asyncio.timeout(20):
+            while generation.choices[0].finish is None:
+                await asyncio.sleep(0.001)
+        written = writer.events(first) + b"".join([writer.events(changed) async for changed in updates])
+        assert written.count(b'"finish_reason": "length"') == written.count(b"data:") == 1
+        await router.close()
+
+    asyncio.run(main())
+
+
+def test_what_came_meanwhile_is_one_write(checkpoint: Path) -> None:
+    """A reader who comes back late finds one event per choice, with all its text."""
+
+    async def main() -> None:
+        tokenizer = Tokenizer.load(str(checkpoint))
+        worker = ToyWorker()
+        router = Router(connect_to([worker]))
+        router.update([worker.member])
+        job = await Completions().read(Fields({**BODY, "n": 2}), tokenizer, 100, 1)
         generation = Generation("x", job, router, tokenizer, Silent())
         updates = generation.updates()
         first = await anext(updates)

@@ -54,7 +54,7 @@ class Books:
 
 async def answer(router: Router, tokenizer: Tokenizer, body: dict[str, Any]) -> tuple[list[Piece], int]:
     """All choices' pieces, joined as clients join them, and the tokens counted."""
-    job = await Completions().read(Fields(body), tokenizer, 200)
+    job = await Completions().read(Fields(body), tokenizer, 200, 2)
     books = Books()
     generation = Generation("x", job, router, tokenizer, books)
     taken: dict[int, list[Piece]] = {choice.index: [] for choice in generation.choices}

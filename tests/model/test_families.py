@@ -52,6 +52,24 @@ def test_older_spelling_means_the_same(
     assert read_config(old) == read_config(new)
 
 
+def test_what_ends_a_sequence_by_the_generation_config(tmp_path: Path, fields_of: Callable[[str], Any]) -> None:
+    """As transformers' `generate` ends: Qwen3's chats have a second id there, some checkpoints their only one."""
+    path = tmp_path / "generation_config.json"
+    for ids, generation, expected in ((1, [1, 5], (1, 5)), (None, 7, (7,)), (1, None, (1,))):
+        (tmp_path / "config.json").write_text(json.dumps({**fields_of("olmoe"), "eos_token_id": ids}))
+        path.write_text(json.dumps({"eos_token_id": generation}))
+        assert load_config(tmp_path).eos_ids == expected
+    for text, says in (
+        ("{", "readable JSON"),
+        ('{"eos_token_id": "x"}', "eos_token_id: expected"),
+        ('{"eos_token_id": [1000000]}', "vocab_size"),
+    ):
+        path.write_text(text)
+        with pytest.raises(OperatorError, match=says) as error:
+            load_config(tmp_path)
+        assert str(error.value).startswith(str(path))
+
+
 def test_several_end_of_sequence_ids(fields_of: Callable[[str], dict[str, Any]]) -> None:
     fields = fields_of("olmoe")
     assert read_config({**fields, "eos_token_id": [5, 3]}).eos_ids == (5, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,14 +18,23 @@ SUPPORTED: Mapping[str, Family] = MappingProxyType({m.FAMILY.architecture: m.FAM
 
 
 def load_config(checkpoint: str | Path) -> ModelConfig:
-    """Read ``config.json`` of the checkpoint folder.
+    """Read ``config.json`` of the checkpoint folder, and what ends a sequence from ``generation_config.json`` too.
 
     Raises
     ------
     OperatorError
-        The file is missing or no JSON object, its architecture is not supported, or a field is missing or malformed.
+        The first is missing, one is no JSON object, the architecture is not supported, or a field is missing or
+        malformed.
     """
-    return _read(ConfigReader.from_file(Path(checkpoint) / "config.json"))
+    config = _read(ConfigReader.from_file(Path(checkpoint) / "config.json"))
+    generation = Path(checkpoint) / "generation_config.json"
+    if not generation.exists():
+        return config
+    reader = ConfigReader.from_file(generation)
+    eos_ids = reader.integers("eos_token_id")
+    if any(token >= config.vocab_size for token in eos_ids):
+        raise reader.fail("eos_token_id", f"ids below vocab_size, which is {config.vocab_size}")
+    return replace(config, eos_ids=tuple(dict.fromkeys(config.eos_ids + eos_ids)))
 
 
 def read_config(data: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
