@@ -110,7 +110,7 @@ class MemoryOwner:
         self._window.map(0, pool, range(config.pages))
         self._huge = HugePages(self._window)
         try:
-            self._page_server = PageServer(pool, self._window, config.token, config.host)
+            self._page_server = PageServer(pool, config.token, config.host)
         except BaseException:
             self._server.close()
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from itertools import count
 
 from concertina.workers.owner import MemoryOwner
@@ -17,6 +18,11 @@ def config(pages: int = 128, record_bytes: int = 0, token: str = "secret") -> Ow
     """Of a pool with a name of its own."""
     name = f"pools-{os.getpid()}-{next(_number)}"
     return OwnerConfig(name, pages, PAGE, token, huge_pages=False, ledger_record_bytes=record_bytes)
+
+
+def no_thread(_: threading.Thread) -> None:
+    """What `threading.Thread.start` does where the system allows no more threads."""
+    raise RuntimeError("can't start new thread")
 
 
 def read(owner: MemoryOwner, pages: tuple[int, ...]) -> bytes:

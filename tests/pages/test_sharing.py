@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ from concertina.errors import InternalError, OperatorError
 from concertina.workers.pages.backend import PoolGeometry
 from concertina.workers.pages.memfd import MemfdBackend, MemfdPool
 from concertina.workers.pages.sharing import PoolServer, fetch_pool
+
+from .pools import no_thread
 
 ADDRESS = f"@concertina-sharing-test-{os.getpid()}"
 
@@ -35,7 +39,21 @@ def pools_open() -> int:
     return sum(os.path.islink(link) and os.readlink(link).startswith("/memfd:shared") for link in links)
 
 
-def answer_once(address: str, reply: bytes) -> threading.Thread:
+@contextmanager
+def few_descriptors(count: int) -> Iterator[None]:
+    """This process can open ``count`` more files, and no others."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    spare = [os.open("/dev/null", os.O_RDONLY) for _ in range(count)]
+    for fd in spare:
+        os.close(fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare[-1] + 1, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def answer_once(address: str, reply: bytes, *descriptors: int) -> threading.Thread:
     """A server that speaks nonsense to its first client."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind("\0" + address[1:])
@@ -44,7 +62,9 @@ def answer_once(address: str, reply: bytes) -> threading.Thread:
     def run() -> None:
         client = listener.accept()[0]
         client.recv(4096)
-        client.sendall(reply)
+        socket.send_fds(client, [reply], descriptors)
+        client.shutdown(socket.SHUT_WR)
+        client.recv(1)  # until the other side has hung up
         client.close()
         listener.close()
 
@@ -122,6 +142,33 @@ def test_an_answer_without_a_descriptor_is_an_error() -> None:
     with pytest.raises(OperatorError, match="expected 1 descriptor for a memfd pool, got 0"):
         fetch_pool(ADDRESS + "-empty", "secret")
     thread.join()
+
+
+@pytest.mark.parametrize("arriving", [0, 20])
+def test_a_descriptor_dropped_for_want_of_numbers_is_said_and_may_be_tried_again(
+    pool: MemfdPool, server: PoolServer, arriving: int
+) -> None:
+    address, before = f"{ADDRESS}-dropped-{arriving}", pools_open()
+    thread = answer_once(address, b'{"name": "shared", "pages": 8, "page_bytes": 4096}\n', *[pool.fd] * 60)
+    with (
+        few_descriptors(2 + arriving),  # both ends of the connection
+        pytest.raises(InternalError, match=r"-dropped-.*this process is out of file descriptors \(limit \d+\)"),
+    ):
+        fetch_pool(address, "secret")
+    thread.join()
+    assert pools_open() == before
+    fetch_pool(server.address, "secret").close()
+
+
+def test_a_server_that_gets_no_thread_serves_the_next_client(
+    server: PoolServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(InternalError, match=r"no answer|malformed answer"):
+            fetch_pool(server.address, "secret", timeout_s=2)
+    fetch_pool(server.address, "secret", timeout_s=2).close()
+    assert "cannot accept: can't start new thread" in caplog.text
 
 
 def test_a_server_that_never_answers_times_out() -> None:

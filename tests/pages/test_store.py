@@ -9,11 +9,19 @@ import pytest
 from concertina.errors import OperatorError
 from concertina.workers.pages.backend import PoolGeometry
 from concertina.workers.pages.memfd import MemfdBackend, MemfdPool
-from concertina.workers.pages.store import TableStore, open_pool, table_pages
+from concertina.workers.pages.store import TableStore, newest_table, open_pool, table_pages
+from concertina.workers.pages.table import PageTable
+from concertina.workers.pages.transfer import LocalPages, read_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 GEOMETRY = PoolGeometry("store-test", 64, 4096)
+
+
+def read_by_pages(pool: MemfdPool) -> PageTable:
+    """As another process does."""
+    with LocalPages(open_pool(os.dup(pool.fd))) as reader:
+        return read_table(reader)
 
 
 @pytest.fixture
@@ -68,6 +76,7 @@ def test_a_torn_write_leaves_the_table_before_or_after(data: st.DataObject) -> N
         os.pwrite(pool.fd, new[i : i + 16], i)
     found = TableStore(pool).read()
     assert found == (table if len(arrived) == len(words) else before)
+    assert read_by_pages(pool) == found
     pool.close()
 
 
@@ -77,6 +86,51 @@ def test_two_damaged_copies_are_an_error(pool: MemfdPool) -> None:
     os.pwrite(pool.fd, b"\xff" * (table_pages(GEOMETRY) * 4096 - 4096), 4096)
     with pytest.raises(OperatorError, match="'store-test': both copies of its page table are damaged"):
         TableStore(pool).read()
+    with pytest.raises(OperatorError, match="'store-test': both copies of its page table are damaged"):
+        read_by_pages(pool)
+
+
+@pytest.mark.parametrize("pages", [64, 77, 1000])
+@pytest.mark.parametrize("extents", [1, 2, 40])
+def test_a_damaged_copy_is_found_out_wherever_the_copies_lie(pages: int, extents: int) -> None:
+    """Whatever its header claims; and copies begin and end within pages."""
+    pool = MemfdBackend().create(PoolGeometry("lies", pages, 4096))
+    store, table = TableStore.format(pool)
+    for n in range(extents):
+        before = table.copy()
+        table.allocate(f"expert/0/{n}", "experts", 1)
+        store.write(table)
+    assert read_by_pages(pool) == table
+    copy_bytes = (16 << 10) + 64 * pages
+    header = 4096 + store.generation % 2 * copy_bytes
+    whole = os.pread(pool.fd, 28 + 200, header)
+    for at, damage in ((0, b"?"), (15, b"\xff"), (16, b"\xff" * 8), (16, bytes(8)), (24, b"??"), (40, b"?")):
+        os.pwrite(pool.fd, damage, header + at)
+        assert read_by_pages(pool) == TableStore(pool).read() == before
+        os.pwrite(pool.fd, whole, header)
+    assert read_by_pages(pool) == table
+    pool.close()
+
+
+@pytest.mark.parametrize("moment", range(4))
+@pytest.mark.parametrize("changes", range(5))
+def test_a_table_read_while_its_owner_writes_is_none_from_before(pool: MemfdPool, moment: int, changes: int) -> None:
+    store, table = TableStore.format(pool)
+    for n in range(2):
+        table.allocate(f"old/{n}", "kv", 1)
+        store.write(table)
+    tables, reads = [table.copy()], 0
+
+    def read(offset: int, nbytes: int) -> bytes:
+        nonlocal reads
+        for n in range(changes if reads == moment else 0):
+            table.allocate(f"new/{n}", "kv", 1)
+            store.write(table)
+            tables.append(table.copy())
+        reads += 1
+        return os.pread(pool.fd, nbytes, offset)
+
+    assert newest_table(read, GEOMETRY)[1] in tables
 
 
 def test_a_table_that_does_not_fit_is_refused_and_the_old_one_stays(pool: MemfdPool) -> None:

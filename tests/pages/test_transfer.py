@@ -22,11 +22,11 @@ from concertina.workers.pages.holds import PagesHeld
 from concertina.workers.pages.memfd import MemfdBackend
 from concertina.workers.pages.page_client import COUNT, RUN
 from concertina.workers.pages.sharing import fetch_pool
-from concertina.workers.pages.transfer import LocalPages, PageSource, open_pages
+from concertina.workers.pages.transfer import LocalPages, PageSource, open_pages, read_table
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from .pools import PAGE, config, write
+from .pools import PAGE, config, no_thread, write
 
 POOL = 128
 
@@ -264,6 +264,49 @@ def test_there_is_room_for_so_many_clients_only(owner: MemoryOwner, monkeypatch:
         assert second.recv(10) == b""
     wait_until(lambda: not owner._page_server._clients)
     open_pages(far(owner)).close()
+
+
+def test_a_client_that_gets_no_thread_is_sent_away_and_the_next_is_served(
+    owner: MemoryOwner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wait_until(lambda: not owner._page_server._clients)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(InternalError, match="no answer"):
+            open_pages(far(owner), 2)
+    assert not owner._page_server._clients
+    open_pages(far(owner), 2).close()
+    assert "cannot accept: can't start new thread" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def sparse() -> Iterator[MemoryOwner]:
+    """An owner of a pool whose table has room for a million extents, and has one."""
+    owner = MemoryOwner(config(1 << 20))
+    yield owner
+    owner.close()
+
+
+@pytest.mark.parametrize("reach", [{"port": 0}, {"address": ""}], ids=["near", "far"])
+def test_of_a_large_table_only_what_is_used_is_read(
+    sparse: MemoryOwner, reach: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, read = sparse.pool.resident_bytes(), list[int]()
+    with open_pages(replace(sparse.source(), **reach)) as reader:  # type: ignore[arg-type]
+        read_into = reader.read_into
+        monkeypatch.setattr(reader, "read_into", lambda pages, to: read.append(len(pages)) or read_into(pages, to))
+        assert read_table(reader) == sparse._table
+    assert sum(read) <= 8
+    assert sparse.pool.resident_bytes() == before
+
+
+def test_reading_pages_that_are_not_there_makes_none(sparse: MemoryOwner) -> None:
+    pages, before = range(1 << 19, (1 << 19) + 600), sparse.pool.resident_bytes()
+    memory = bytearray(b"x" * (len(pages) * PAGE))
+    with open_pages(far(sparse)) as reader:
+        reader.read_into(pages, [memoryview(memory)])
+    assert not any(memory)
+    assert sparse.pool.resident_bytes() == before
 
 
 def serve_once(*parts: bytes) -> tuple[int, threading.Thread]:

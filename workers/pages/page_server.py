@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import os
 import socket
 import threading
 import time
@@ -29,13 +30,13 @@ from .page_client import (
     receive,
     receive_line,
 )
-from .ranges import MemfdRange
 
 _log = logging.getLogger(__name__)
 _HELLO_TIMEOUT_S = 5.0
 _IDLE_TIMEOUT_S = 60.0
 _CLIENTS = 64
-_RETRY_S = 0.1  # after accept() failed, for instance for want of descriptors
+_RETRY_S = 0.1  # after a client could not be accepted, for instance for want of descriptors or threads
+_SEND_BYTES = 1 << 20  # read and sent at a time
 
 
 class PageServer:
@@ -45,8 +46,6 @@ class PageServer:
     ----------
     pool : MemfdPool
         Must stay open until `close`.
-    window : MemfdRange
-        Maps the whole pool from page 0.
     token : str
         Shared secret, not empty.
     host : str
@@ -58,11 +57,10 @@ class PageServer:
         The token is empty, or the address cannot be bound.
     """
 
-    def __init__(self, pool: MemfdPool, window: MemfdRange, token: str, host: str) -> None:
+    def __init__(self, pool: MemfdPool, token: str, host: str) -> None:
         if not token:
             raise OperatorError("page server: token: expected a non-empty secret")
         self._pool = pool
-        self._window = window
         self._token = token
         self._clients: set[socket.socket] = set()
         self._closing = threading.Event()
@@ -84,16 +82,24 @@ class PageServer:
     def _accept_all(self) -> None:
         while not self._closing.is_set():
             try:
-                client = self._listener.accept()[0]
-            except OSError as e:
+                self._accept()
+            except (OSError, RuntimeError) as e:
                 if not self._closing.wait(_RETRY_S):
                     _log.warning("page server: port %d: cannot accept: %s", self.port, e)
-                continue
-            if len(self._clients) >= _CLIENTS:
-                client.close()
-                continue
-            self._clients.add(client)
+
+    def _accept(self) -> None:
+        """Serve the next client from a thread of its own; RuntimeError where the system has none to give."""
+        client = self._listener.accept()[0]
+        if len(self._clients) >= _CLIENTS:
+            client.close()
+            return
+        self._clients.add(client)
+        try:
             threading.Thread(target=self._serve, args=(client,), name=f"pages {self.port}", daemon=True).start()
+        except RuntimeError:
+            self._clients.discard(client)
+            client.close()
+            raise
 
     def _serve(self, client: socket.socket) -> None:
         try:
@@ -159,8 +165,13 @@ class PageServer:
         client.settimeout(REQUEST_TIMEOUT_S)
         client.sendall(COUNT.pack(0))
         for first, count in request:
-            client.settimeout(max(0.001, deadline_s - time.monotonic()))  # sendall counts it for all of its bytes
-            client.sendall(self._window.memory(first * size, count * size))
+            offset, end = first * size, (first + count) * size
+            while offset < end:
+                # Not from a mapping: reading a page that is not there would make it, for good.
+                data = os.pread(self._pool.fd, min(_SEND_BYTES, end - offset), offset)
+                client.settimeout(max(0.001, deadline_s - time.monotonic()))  # sendall counts it for all of its bytes
+                client.sendall(data)
+                offset += len(data)
 
 
 def _listen(host: str) -> socket.socket:

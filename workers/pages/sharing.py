@@ -8,10 +8,12 @@ a JSON line with the pool's geometry, and its descriptors beside it.
 from __future__ import annotations
 
 import array
+import errno
 import hmac
 import json
 import logging
 import os
+import resource
 import socket
 import stat
 import threading
@@ -24,7 +26,7 @@ from .memfd import MemfdBackend, MemfdPool
 _log = logging.getLogger(__name__)
 _LINE_BYTES = 4096
 _HELLO_TIMEOUT_S = 5.0
-_RETRY_S = 0.1  # after accept() failed, for instance for want of descriptors
+_RETRY_S = 0.1  # after a client could not be accepted, for instance for want of descriptors or threads
 _ANCILLARY_BYTES = socket.CMSG_SPACE(64 * array.array("i").itemsize)
 
 
@@ -69,12 +71,19 @@ class PoolServer:
     def _accept_all(self) -> None:
         while not self._closing.is_set():
             try:
-                connection = self._listener.accept()[0]
-            except OSError as e:
+                self._accept()
+            except (OSError, RuntimeError) as e:
                 if not self._closing.wait(_RETRY_S):
                     _log.warning("pool server %s: cannot accept: %s", self.address, e)
-                continue
+
+    def _accept(self) -> None:
+        """Serve the next client from a thread of its own; RuntimeError where the system has none to give."""
+        connection = self._listener.accept()[0]
+        try:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+        except RuntimeError:
+            connection.close()
+            raise
 
     def _serve(self, connection: socket.socket) -> None:
         with connection:
@@ -104,7 +113,8 @@ def fetch_pool(address: str, token: str, timeout_s: float = 10.0) -> MemfdPool:
     OperatorError
         The token is refused.
     InternalError
-        Nobody listens there, or the answer does not come within ``timeout_s`` or is no answer.
+        Nobody listens there, the answer does not come within ``timeout_s`` or is no answer, or this process is out
+        of file descriptors.
     """
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -136,8 +146,11 @@ def _read_line(connection: socket.socket) -> tuple[bytes, list[int]]:
     line, descriptors = b"", list[int]()
     try:
         while not line.endswith(b"\n") and len(line) < _LINE_BYTES:
-            data, messages, _, _ = connection.recvmsg(_LINE_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
+            data, messages, flags, _ = connection.recvmsg(_LINE_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
             descriptors += _descriptors(messages)
+            if flags & socket.MSG_CTRUNC:  # the kernel dropped what it found no number for
+                limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+                raise OSError(errno.EMFILE, f"this process is out of file descriptors (limit {limit})")
             if not data:
                 break
             line += data

@@ -10,6 +10,7 @@ import json
 import os
 import struct
 import zlib
+from collections.abc import Callable
 
 from ...errors import OperatorError
 from .backend import PoolGeometry
@@ -23,6 +24,9 @@ _COPY_BYTES_PER_PAGE = 64  # for each page more: room for every page being an ex
 _HEADER = struct.Struct("<8sQQI")  # magic, generation, payload bytes, checksum of the two and the payload
 TABLE_KEY = "table"
 
+ReadBytes = Callable[[int, int], bytes]
+"""Gives the bytes of a pool from an offset, so many."""
+
 
 def table_pages(geometry: PoolGeometry) -> int:
     """How many of a pool's first pages hold its superblock and table."""
@@ -31,6 +35,10 @@ def table_pages(geometry: PoolGeometry) -> int:
 
 def _copy_bytes(geometry: PoolGeometry) -> int:
     return _COPY_BYTES + _COPY_BYTES_PER_PAGE * geometry.pages
+
+
+def _offset(geometry: PoolGeometry, generation: int) -> int:
+    return _SUPERBLOCK_BYTES + generation % 2 * _copy_bytes(geometry)
 
 
 class TableStore:
@@ -86,7 +94,7 @@ class TableStore:
                 f"({len(payload)} of {self._copy_bytes} bytes); use shorter keys, fewer extents or more pages"
             )
         generation = self.generation + 1
-        _write(self.pool.fd, _sealed(generation, payload), self._offset(generation))
+        _write(self.pool.fd, _sealed(generation, payload), _offset(self.pool.geometry, generation))
         self.generation = generation
 
     def read(self) -> PageTable:
@@ -97,27 +105,32 @@ class TableStore:
         OperatorError
             Neither copy is intact.
         """
-        copies = [os.pread(self.pool.fd, self._copy_bytes, self._offset(which)) for which in (0, 1)]
-        self.generation, table = _newest(copies, self.pool.geometry)
+        self.generation, table = newest_table(
+            lambda offset, nbytes: os.pread(self.pool.fd, nbytes, offset), self.pool.geometry
+        )
         return table
 
-    def _offset(self, generation: int) -> int:
-        return _SUPERBLOCK_BYTES + generation % 2 * self._copy_bytes
+
+def newest_table(read: ReadBytes, geometry: PoolGeometry) -> tuple[int, PageTable]:
+    """Generation and contents of a pool's newest intact table; raises as `TableStore.read`.
+
+    Reads headers and the payload of one copy only, unless that is damaged. Its owner may write meanwhile.
+    """
+    offsets = [_offset(geometry, which) for which in (0, 1)]
+    for offset in sorted(offsets, key=lambda offset: _claims(read, offset)[0], reverse=True):
+        # The header is read anew: while one copy was found damaged, the other may have become the newest.
+        nbytes = _HEADER.size + _claims(read, offset)[1]
+        copy = _unsealed(read(offset, min(nbytes, _copy_bytes(geometry))))
+        if copy:
+            generation, payload = copy
+            return generation, PageTable.from_dict(json.loads(payload), source=f"pool {geometry.name!r}: page table")
+    raise OperatorError(f"pool {geometry.name!r}: both copies of its page table are damaged")
 
 
-def parse_table(memory: memoryview, geometry: PoolGeometry) -> PageTable:
-    """The table of a pool, from the bytes of its first `table_pages`; raises as `TableStore.read`."""
-    size = _copy_bytes(geometry)
-    starts = (_SUPERBLOCK_BYTES, _SUPERBLOCK_BYTES + size)
-    return _newest([bytes(memory[start : start + size]) for start in starts], geometry)[1]
-
-
-def _newest(copies: list[bytes], geometry: PoolGeometry) -> tuple[int, PageTable]:
-    intact = [copy for copy in map(_unsealed, copies) if copy]
-    if not intact:
-        raise OperatorError(f"pool {geometry.name!r}: both copies of its page table are damaged")
-    generation, payload = max(intact)
-    return generation, PageTable.from_dict(json.loads(payload), source=f"pool {geometry.name!r}: page table")
+def _claims(read: ReadBytes, offset: int) -> tuple[int, int]:
+    """Generation and payload bytes of a copy as its header has them; nothing is checked."""
+    _, generation, nbytes, _ = _HEADER.unpack(read(offset, _HEADER.size))
+    return generation, nbytes
 
 
 def open_pool(fd: int) -> MemfdPool:

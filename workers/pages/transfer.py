@@ -17,7 +17,7 @@ from .memfd import MemfdPool
 from .page_client import REQUEST_TIMEOUT_S, RemotePages
 from .scatter import check_request, paired_runs, scatter
 from .sharing import fetch_pool
-from .store import parse_table, table_pages
+from .store import newest_table
 from .table import PageTable
 
 _log = logging.getLogger(__name__)
@@ -101,10 +101,15 @@ def open_pages(source: PageSource, timeout_s: float = 10.0, request_timeout_s: f
 
 def read_table(reader: PageReader) -> PageTable:
     """A pool's table as it is now; raises as `PageReader.read_into`, and `OperatorError` if it is damaged."""
-    pages = range(table_pages(reader.geometry))
-    memory = memoryview(bytearray(len(pages) * reader.geometry.page_bytes))
-    reader.read_into(pages, [memory])
-    return parse_table(memory, reader.geometry)
+    size = reader.geometry.page_bytes
+
+    def read(offset: int, nbytes: int) -> bytes:
+        pages = range(offset // size, -(-(offset + nbytes) // size))
+        memory = memoryview(bytearray(len(pages) * size))
+        reader.read_into(pages, [memory])
+        return bytes(memory[offset % size : offset % size + nbytes])
+
+    return newest_table(read, reader.geometry)[1]
 
 
 class LocalPages:
