@@ -34,6 +34,7 @@ class Pool:
     pages: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     version: int = -1
     moved_bytes: int = 0
+    counted_bytes: int = 0  # of these, in `Cluster.moved_bytes`
     asked: asyncio.Task[None] | None = None
     asked_s: float = 0.0
     known_s: float = -inf  # what is known of it is no older than that
@@ -57,9 +58,9 @@ class Pool:
         self.moved_bytes = max(self.moved_bytes, told.loaded_bytes + told.copied_bytes)
 
     def fact(self, now_s: float, hang_s: float, since_s: float) -> PoolFact:
-        """What it last said, unless it hangs; stale if it has not answered what it was asked before ``since_s``."""
+        """What it last said, unless it hangs; stale if it owes an answer from before ``since_s``, or since a change."""
         failed = self.unreached or _hang(self.asked, now_s - self.asked_s, hang_s)
-        stale = self.asked is not None and self.asked_s < since_s
+        stale = self.asked is not None and (self.asked_s < since_s or self.known_s < self.touched_s)
         return PoolFact(self.node, self.source.address, self.pages, failed, stale)
 
 
@@ -128,6 +129,7 @@ class Cluster:
     store: tuple[str, int] | None = None
     _lost_pools: dict[str, Pool] = field(default_factory=dict)  # of nodes that are gone: those may be back
     _watches: set[asyncio.Task[None]] = field(default_factory=set)
+    _moved_bytes: int = 0
 
     async def add_pool(self, name: str, node: str, handle: OwnerHandle) -> Pool:
         """Take note of an owner that lives."""
@@ -217,8 +219,11 @@ class Cluster:
 
     @property
     def moved_bytes(self) -> int:
-        """Bytes that came from the checkpoint and from peers, as owners last said."""
-        return sum(pool.moved_bytes for pool in self.pools.values())
+        """Bytes that came from the checkpoint and from peers, as owners last said, also those that are gone now."""
+        for pool in self.pools.values():
+            self._moved_bytes += pool.moved_bytes - pool.counted_bytes
+            pool.counted_bytes = pool.moved_bytes
+        return self._moved_bytes
 
     async def look_at_nodes(self, *, anew: bool = False) -> None:
         self.nodes = {node.id: node for node in await self.hands.nodes(anew=anew)}

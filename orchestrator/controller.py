@@ -103,11 +103,13 @@ class Controller:
             What was started has failed.
         """
         if self._loop is None:
-            model = await self._open()
+            await self._cluster.look_at_nodes()
+            model = ModelFiles.open(self._config.checkpoint, self._config.dtype)
             if self._config.engine.emulated_step_ms:
                 _log.warning("step times are emulated: at least %g ms", self._config.engine.emulated_step_ms)
             nodes = list(self._cluster.nodes.values())
             layout = plan_layout(self._config, model, nodes, self._hands.now_s)
+            await self._hands.keep(pickle.dumps(model))
             self._begin(model)
             await self._ask("start", f"{len(layout.seats)} workers", (layout,))
         async with self._changed:
@@ -115,12 +117,15 @@ class Controller:
         self.check()
 
     async def resume(self) -> None:
-        """Go on where an earlier process of this controller was: its state is durable, its processes are there."""
-        saved = await self._hands.load()
-        if saved is None:
+        """Go on where an earlier process of this controller was: its state is durable, its processes are there.
+
+        So is the checkpoint's description: another one that has its path now is not what the pages hold.
+        """
+        saved, kept = await self._hands.load(), await self._hands.kept()
+        if saved is None or kept is None:
             return
-        self._state = pickle.loads(saved)
-        model = await self._open()
+        self._state, model = pickle.loads(saved), pickle.loads(kept)
+        await self._cluster.look_at_nodes()
         existing = await self._hands.existing()
         prefix = f"{self._config.name}/"
         finding = [self._find_worker(name, *found) for name, found in existing.workers.items()]
@@ -221,7 +226,10 @@ class Controller:
         replanner = self._serving()
         base, way = await replanner.plan(lambda now, c: resized(now, workers, c))
         if dry_run:
-            return preview(base, way[-1], way, replanner.standbys())
+            current = self._state.operation
+            other = current is not None and self._asked("scale", str(workers)) is None and current.goal != way[-1]
+            supersedes = f"{current.id} ({current.kind} {current.text})" if current is not None and other else ""
+            return replace(preview(base, way[-1], way, replanner.standbys()), supersedes=supersedes)
         return await self._ask("scale", _change(base, way), way, subject=str(workers))
 
     async def rebalance(self, token: str) -> OperationStatus:
@@ -342,10 +350,6 @@ class Controller:
         """Make the state durable, as it is when its turn has come: the last one kept is the latest."""
         async with self._saving:
             await self._hands.save(pickle.dumps(self._state))
-
-    async def _open(self) -> ModelFiles:
-        await self._cluster.look_at_nodes()
-        return ModelFiles.open(self._config.checkpoint, self._config.dtype)
 
     def _begin(self, model: ModelFiles) -> None:
         registry = Registry(self._config, self._cluster, lambda: self._state)

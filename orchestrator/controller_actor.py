@@ -33,11 +33,12 @@ class ControllerService:
         self._begun = asyncio.get_running_loop().create_task(self._begin(restarted))
 
     async def _begin(self, restarted: bool) -> None:
-        if not restarted:
+        resumes = restarted and await self._hands.load() is not None  # else it had not got as far as starting anything
+        if not resumes:
             await self._hands.sweep()
         identity = Identity.of_this_process()
         await asyncio.to_thread(identity.note, self._name, controller_name(self._name))
-        if restarted:
+        if resumes:
             await self._controller.resume()
 
     async def _ready(self) -> Controller:

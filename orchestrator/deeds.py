@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import ConcertinaError, InternalError, OperatorError, Unreachable
 from ..workers.engine.scheduler import SchedulerConfig
-from ..workers.generation import Assignment, ExchangeSpec, Generation
+from ..workers.generation import Assignment, ExchangeSpec, Generation, KVSource
 from ..workers.model_files import ModelFiles
 from ..workers.owner_roles import OwnerConfig
 from ..workers.pages.transfer import CopyPlan
@@ -208,9 +208,10 @@ class Deeds:
 
     async def _prepare(self, effect: Prepare) -> None:
         record = self.registry.record()
-        assignment = self._assignment(record, record.rank_of(effect.worker))
+        inherits = self.kv.inherits(effect.worker)
+        assignment = self._assignment(record, record.rank_of(effect.worker), tuple(inherits.values()))
         member = self.registry.worker(effect.worker)
-        await self._told(member, member.handle.prepare(assignment))
+        await self._told(member, self.kv.limited(member, inherits, member.handle.prepare(assignment)))
 
     async def _told(self, member: Member, doing: Awaitable[WorkerReport]) -> None:
         """A worker says how it is when it has done something: it need not be asked."""
@@ -226,7 +227,7 @@ class Deeds:
         if told := await unheld(pool.handle.free(effect.keys, pool.version)):
             pool.hear(told, asked_s, self._cluster.hands.now_s())
 
-    def _assignment(self, record: Record, rank: int) -> Assignment:
+    def _assignment(self, record: Record, rank: int, inherits: tuple[KVSource, ...]) -> Assignment:
         layout = record.layout
         host, port = self._cluster.store or ("", 0)
         exchange = ExchangeSpec(layout.exchange, self._config.exchange_timeout_s, MAILBOX_BYTES, host, port)
@@ -242,7 +243,6 @@ class Deeds:
         node = layout.seats[rank].node
         device = self.registry.extents(layout.device_pool(rank))
         host = self.registry.node_host(node)
-        inherits = self.kv.inherits(record.workers[rank])
         shared = self.registry.extents(node_pool(node))
         return Assignment(generation, rank, device, shared, self._threads(node), host, inherits)
 

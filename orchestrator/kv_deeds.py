@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from ..errors import ConcertinaError, InternalError, Unreachable
@@ -40,16 +40,17 @@ class KVDeeds:
     heirs: dict[str, str] = field(default_factory=dict)
     granted: dict[str, int] = field(default_factory=dict)
 
-    def inherits(self, worker: str) -> tuple[KVSource, ...]:
-        """KV of devices that leave, which this worker takes over at the switch."""
-        found = []
+    def inherits(self, worker: str) -> dict[str, KVSource]:
+        """KV of devices that leave, by their names, which this worker takes over at the switch."""
+        found = {}
         for device, heir in heirs_at_switch(self.registry.state()).items():
             pool = self.registry.pool_of_device(device)
             known = self.registry.cluster.pools.get(pool)
             if heir == worker and known is not None and kv_key(device) in known.pages:
-                found.append(self._source(pool, known.pages[kv_key(device)]))
+                source = self._source(pool, known.pages[kv_key(device)])
+                found[device] = replace(source, limit_s=self._left_s(self._deadline_s(device)))
                 self.granted[device] = self.registry.record().id
-        return tuple(found)
+        return found
 
     def heir_of(self, worker: str) -> str:
         """The device whose worker takes this one's running sequences over at the switch, if it leaves then."""
@@ -141,7 +142,9 @@ class KVDeeds:
             await pool.handle.relabel(kv_key(effect.device), pages, kv_key(device))
         had = True
         try:
-            await self._adopt(effect.device, heir, source, blocks)
+            left_s = self._left_s(self._deadline_s(effect.device))
+            adopting = heir.handle.adopt_kv(source, blocks, left_s)
+            await self.limited(heir, {effect.device: source}, adopting)
         except Unreachable:
             raise
         except ConcertinaError as e:
@@ -173,19 +176,20 @@ class KVDeeds:
         self.heirs[leaver.report.device] = device
         return device
 
-    async def _adopt(self, device: str, heir: Member, source: KVSource, blocks: int) -> None:
-        """Have the KV of ``device`` adopted by its deadline, which may become another one meanwhile."""
-        until_s = self._deadline_s(device)
-        adopting = asyncio.ensure_future(heir.handle.adopt_kv(source, blocks, self._left_s(until_s)))
+    async def limited(self, heir: Member, sources: Mapping[str, KVSource], copying: Awaitable[T]) -> T:
+        """What ``copying`` returns; deadlines of the devices that it copies from may become others meanwhile."""
+        until_s = {device: self._deadline_s(device) for device in sources}
+        task = asyncio.ensure_future(copying)
         try:
-            while not adopting.done():
-                await asyncio.wait([adopting], timeout=_LOOK_S)
-                if until_s != self._deadline_s(device):
-                    until_s = self._deadline_s(device)
-                    await heir.handle.limit_kv(source, self._left_s(until_s))
-            await adopting
+            while not task.done():
+                await asyncio.wait([task], timeout=_LOOK_S if sources else None)
+                for device, source in sources.items():
+                    if until_s[device] != self._deadline_s(device):
+                        until_s[device] = self._deadline_s(device)
+                        await heir.handle.limit_kv(source, self._left_s(until_s[device]))
+            return await task
         finally:
-            adopting.cancel()
+            task.cancel()
 
     def _deadline_s(self, device: str) -> float | None:
         return self.registry.state().deadlines.get(device)

@@ -58,6 +58,8 @@ class Preview:
         Afterwards.
     seconds : float
         Expected time until the last generation serves; KV caches that are copied come behind it.
+    supersedes : str
+        The operation under way, which would be undone or followed; empty if there is none, or it is this one.
     """
 
     workers_before: int
@@ -67,6 +69,7 @@ class Preview:
     seconds: float
     devices: tuple[DevicePreview, ...]
     pools: tuple[PoolPreview, ...]
+    supersedes: str = ""
 
     @property
     def moved_bytes(self) -> int:
@@ -169,20 +172,22 @@ def _loaded_pages(pool: str, node: str, old: Layout, new: Layout) -> int:
 
 
 def _peak_pages(pool: str, node: str, old: Layout, new: Layout) -> int:
-    """Old and new experts and exchanges together, and every device's larger KV cache.
+    """Old and new experts and exchanges together, and the KV of both layouts, as far as it does not yield before.
 
     In memory of its own a device stays within it: its KV cache yields.
     """
     memory = new.memory
     held = _held(old).get(pool, set()) | _held(new).get(pool, set())
-    devices = {
-        seat.device: layout.device_pages(seat)
+    before, after = old.kv_in(pool), new.kv_in(pool)
+    between = {d: new.kv_blocks_coming_from(old, d) for d in before.keys() & after.keys()}
+    kv = max(sum(blocks.values()) for blocks in (before, {**before, **after, **between}, after))
+    pages = len(held) * memory.expert_pages + kv * memory.kv_block_pages
+    devices = [
+        layout.device_pages(seat)
         for layout in (old, new)
         for rank, seat in enumerate(layout.seats)
         if layout.device_pool(rank) == pool
-    }
-    kv = sum(max(_kv_blocks(old, d), _kv_blocks(new, d)) for d in devices) * memory.kv_block_pages
-    pages = len(held) * memory.expert_pages + kv
+    ]
     if new.memory_mode == "separate" and devices:
-        return min(pages, *devices.values())
+        return min(pages, *devices)
     return pages + memory.trunk_pages + sum(at.exchange_pages for at in (old, new) if node == at.nodes[0])

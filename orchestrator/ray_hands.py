@@ -33,7 +33,6 @@ _OPTIONS: Any = {
     "max_concurrency": 16,
     "num_cpus": 0,  # the controller has counted cores itself
 }
-_STATE = "state"
 _OWNER, _WORKER = "owner/", "worker/"
 _GRACE_S = 0.2  # what a process that can end takes; Ray itself would give one that hangs five seconds
 _END_S = 10.0
@@ -84,6 +83,8 @@ class RayHands:
         self._node: str = context.get_node_id()
         self._controller = _named(context.get_actor_name()), _named(context.get_actor_id())
         self._durable = Durable(deployment)
+        actor = self._controller[1]  # the same when its process is started again
+        self._state_key, self._model_key = f"state/{actor}", f"model/{actor}"
         self._knocking = Knocking()
         self._nodes: list[NodeInfo] = []
         self._nodes_s = -inf  # when they were looked at
@@ -203,20 +204,25 @@ class RayHands:
             return False
 
     async def open_store(self) -> tuple[str, int]:
-        import torch.distributed as dist
-
         host: str = ray.util.get_node_ip_address()
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self._store = await asyncio.to_thread(_tcp_store, host)
         return host, self._store.port
 
     async def save(self, state: bytes) -> None:
-        await asyncio.to_thread(self._durable.put, _STATE, state)
+        await asyncio.to_thread(self._durable.put, self._state_key, state)
 
     async def load(self) -> bytes | None:
-        return await asyncio.to_thread(self._durable.get, _STATE)
+        return await asyncio.to_thread(self._durable.get, self._state_key)
+
+    async def keep(self, model: bytes) -> None:
+        await asyncio.to_thread(self._durable.put, self._model_key, model)
+
+    async def kept(self) -> bytes | None:
+        return await asyncio.to_thread(self._durable.get, self._model_key)
 
     async def forget(self) -> None:
-        await asyncio.to_thread(self._durable.remove, _STATE)
+        for key in (self._state_key, self._model_key):
+            await asyncio.to_thread(self._durable.remove, key)
 
     def now_s(self) -> float:
         return time.monotonic()
@@ -249,6 +255,13 @@ def _node_info(node: Any) -> NodeInfo:
     resources = node["Resources"]
     host = "127.0.0.1" if EMBEDDED in resources else node["NodeManagerAddress"]
     return NodeInfo(node["NodeID"], host, int(resources.get("CPU", 1)), int(resources.get("memory", 0)))
+
+
+def _tcp_store(host: str) -> Any:
+    """Beside the event loop: importing torch takes seconds, in which nobody would get an answer."""
+    import torch.distributed as dist
+
+    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
 
 
 def _find(name: str) -> Any:

@@ -56,7 +56,7 @@ def resized(current: Layout, workers: int, context: Context) -> Layout:
 
 
 def drained(current: Layout, name: str, context: Context) -> Layout:
-    """The layout without a device, or without all devices of a node; the others keep their place.
+    """The layout without a device, or without all devices of a node; others keep their place if their node is there.
 
     Parameters
     ----------
@@ -71,7 +71,8 @@ def drained(current: Layout, name: str, context: Context) -> Layout:
     leaving = named_devices(current, name, context)
     if not leaving & set(current.devices):  # it has left
         return current
-    seats = tuple(seat for seat in current.seats if seat.device not in leaving)
+    alive = {node.id for node in context.nodes}  # what serves may not have recovered yet from losing one
+    seats = tuple(seat for seat in current.seats if seat.device not in leaving and seat.node in alive)
     if not seats:
         more = len(current.seats) + 1
         raise OperatorError(
@@ -135,14 +136,14 @@ def _added(staying: tuple[Seat, ...], workers: int, current: Layout, context: Co
 
 
 def _removed(seats: tuple[Seat, ...], workers: int, context: Context) -> tuple[Seat, ...]:
-    """Take seats from the most crowded node, those taken last first."""
+    """Those that a cluster file lists last go first; without one, those of the most crowded node, taken last first."""
     cpus = {node.id: node.cpus for node in context.nodes}
-    turn = context.config.inventory.turn
+    inventory = context.config.inventory
     left = list(seats)
     while len(left) > workers:
-        taken = Counter(seat.node for seat in left)
+        taken = Counter() if inventory.entries else Counter(seat.node for seat in left)
         crowding = {node: count / cpus[node] if cpus.get(node) else float("inf") for node, count in taken.items()}
-        left.remove(max(left, key=lambda seat: (crowding[seat.node], turn(seat.device), seat.device)))
+        left.remove(max(left, key=lambda s: (crowding.get(s.node, 0.0), inventory.turn(s.device), s.device)))
     return tuple(left)
 
 

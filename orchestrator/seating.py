@@ -37,15 +37,14 @@ def node_for(entry: Entry, nodes: Sequence[NodeInfo], taken: Counter[str]) -> st
     Raises
     ------
     OperatorError
-        The node that it must be on is not alive, or none is.
+        Its node's name may mean several, or no node is alive.
     """
     if not entry.node:
         return next_node(nodes, taken)
     found = nodes_called(entry.node, {node.id: node.host for node in nodes})
     if len(found) != 1:
-        there = ", ".join(f"{node.id} ({node.host})" for node in nodes) or "none"
-        problem = "is not alive" if not found else "may be one of several"
-        raise OperatorError(f"cluster: device {entry.device}: its node {entry.node!r} {problem}; alive: {there}")
+        there = ", ".join(f"{node.id} ({node.host})" for node in nodes)
+        raise OperatorError(f"cluster: device {entry.device}: its node {entry.node!r} may be one of several: {there}")
     return found[0]
 
 
@@ -54,12 +53,12 @@ def further_seats(
 ) -> tuple[Seat, ...]:
     """New seats beside the old ones for so many workers in all, in the inventory's order, on no cordoned node.
 
-    ``taken`` are names that may not be used either.
+    ``taken`` are names that may not be used either. A device whose node is not there is passed over.
 
     Raises
     ------
     OperatorError
-        There are not so many devices, one's node is not alive, or every node is cordoned.
+        There are not so many devices whose nodes are alive, or every node is cordoned.
     """
     shut = {node.id: node.host for node in context.nodes if node.id in context.cordoned}
     nodes = [node for node in context.nodes if node.id not in shut]
@@ -70,10 +69,11 @@ def further_seats(
         )
     inventory = context.config.inventory
     free = inventory.free({*taken, *(seat.device for seat in seats)})
-    entries = list(islice((e for e in free if not (e.node and nodes_called(e.node, shut))), workers - len(seats)))
+    hosts = {node.id: node.host for node in nodes}
+    entries = list(islice((e for e in free if not e.node or nodes_called(e.node, hosts)), workers - len(seats)))
     if len(seats) + len(entries) < workers:
-        drained = "; some of them are on drained nodes" if shut else ""
-        raise OperatorError(f"workers: {workers}; the cluster file lists {len(inventory.entries)} devices{drained}")
+        passed_over = _passed_over(inventory.entries, hosts, shut)
+        raise OperatorError(f"workers: {workers}; the cluster file lists {len(inventory.entries)} devices{passed_over}")
     held = Counter(seat.node for seat in seats)
     added = []
     for entry in entries:
@@ -81,6 +81,17 @@ def further_seats(
         held[node] += 1
         added.append(Seat(entry.device, node, entry.kind))
     return tuple(added)
+
+
+def _passed_over(entries: Sequence[Entry], hosts: Mapping[str, str], shut: Mapping[str, str]) -> str:
+    """Which of a cluster file's devices cannot be used now, and why."""
+    bound = [
+        (entry, nodes_called(entry.node, shut), nodes_called(entry.node, hosts)) for entry in entries if entry.node
+    ]
+    drained = [entry.device for entry, drained, _ in bound if drained]
+    gone = [f"{entry.device} ({entry.node})" for entry, drained, alive in bound if not drained and not alive]
+    reasons = (("on drained nodes", drained), ("on nodes that are not alive", gone))
+    return "".join(f"; {where}: {', '.join(devices)}" for where, devices in reasons if devices)
 
 
 def first_seats(context: Context) -> tuple[Seat, ...]:

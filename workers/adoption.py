@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import mmap
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,7 +27,8 @@ _log = logging.getLogger(__name__)
 _BATCH_BLOCKS = 16
 _AHEAD_BATCH_BLOCKS = 64  # more, because every batch costs two boundaries, and a switch waits for these
 _REST_BLOCKS = 64  # so many may be left to copy at the boundary itself, while nobody makes a step
-_READ_S = 2.0  # for a request ahead or at the boundary; who is slower is left without
+_REST_BYTES = 16 << 20  # of them on their way at a time, so that a slow link is noticed
+_READ_S = 2.0  # for a request ahead, or for all at the boundary; who is slower is left without
 _ADOPT_READ_S = 5.0  # for a request afterwards: a deadline, or a recovery, may be waiting
 
 _COMING_S = 0.002  # what sequences need to come to a worker at least
@@ -107,8 +109,8 @@ class Inheritance:
     ----------
     kv : DeviceKV
     sources : sequence of KVSource
-    abandoned : callable
-        Whether the generation will not come; ends copying.
+    go_on : callable
+        Whether a source may be copied from still: not beyond its deadline, or if the generation will not come.
 
     Attributes
     ----------
@@ -116,12 +118,13 @@ class Inheritance:
         Of `Engine.submitted`, once all that was taken has come; 0 before.
     """
 
-    def __init__(self, kv: DeviceKV, sources: Sequence[KVSource], abandoned: Callable[[], bool]) -> None:
-        self._kv, self._abandoned = kv, abandoned
+    def __init__(self, kv: DeviceKV, sources: Sequence[KVSource], go_on: Callable[[KVSource], bool]) -> None:
+        self._kv, self._go_on = kv, go_on
         self._near = [kv.grouped(source.pages) for source in sources if kv.shares_pool(source.pool.address)]
         self._far = [source for source in sources if not kv.shares_pool(source.pool.address)]
         self._readers: list[tuple[KVSource, PageReader]] = []
         self._found: dict[_Content, int] = {}  # where full blocks lie in this device's pool; they may have gone since
+        self._kept: dict[int, BlockRecord] = {}  # those of them that sequences will find
         self.due = 0
 
     @contextmanager
@@ -153,18 +156,29 @@ class Inheritance:
             for groups in self._near:
                 used = [group for group in groups if kv.ledger.used(group[0])]
                 self.due += kv.ends(_map(engine, kv, used[:AT_SWITCH_BLOCKS], kv.positions))
+            until_s = time.monotonic() + _READ_S
             for source, reader in self._readers:
-                rest = self._missing(source, reader)
-                self.due += kv.ends([known.record for known in rest])
-                blocks = engine.reserve(min(len(rest), 2 * _REST_BLOCKS))
-                _fill(engine, kv, reader, blocks, rest[len(rest) - len(blocks) :])
+                self._take_far(engine, source, reader, until_s)
         except (ConcertinaError, OSError) as e:
             _log.warning("KV of a device that left is not taken over at the switch: %s", e)
         self.close()
 
+    def _take_far(self, engine: Engine, source: KVSource, reader: PageReader, until_s: float) -> None:
+        rest = self._missing(source, reader)
+        self.due += self._kv.ends([known.record for known in rest])
+        rest = rest[max(0, len(rest) - min(2 * _REST_BLOCKS, self._room(engine))) :]
+        while rest and time.monotonic() < until_s:
+            most = max(1, _REST_BYTES // (len(rest[0].pages) * reader.geometry.page_bytes))
+            blocks = engine.reserve(min(len(rest), most))
+            if not blocks:
+                return
+            batch, rest = rest[len(rest) - len(blocks) :], rest[: len(rest) - len(blocks)]
+            _fill(engine, self._kv, reader, blocks, batch)
+
     def close(self) -> None:
         readers, self._readers = self._readers, []
         self._found.clear()
+        self._kept.clear()
         for _, reader in readers:
             reader.close()
 
@@ -193,27 +207,43 @@ class Inheritance:
     def _copy_full_of(self, engine: Engine, source: KVSource, reader: PageReader, tolerated: int) -> None:
         kv = self._kv
         full = [known for known in self._missing(source, reader) if len(known.record.tokens) == kv.block_tokens]
-        while len(full) > tolerated and not self._abandoned():
-            blocks = engine.reserve(min(len(full), _AHEAD_BATCH_BLOCKS))
+        room = max(0, self._room(engine) - _BATCH_BLOCKS)  # sequences here grow meanwhile
+        full = full[max(0, len(full) - room) :]
+        scarce = room < 4 * _AHEAD_BATCH_BLOCKS
+        most = _BATCH_BLOCKS if scarce else _AHEAD_BATCH_BLOCKS
+        while len(full) > tolerated and self._go_on(source):
+            blocks = engine.reserve(min(len(full), most))
             if not blocks:
                 return
-            batch, full = (
-                full[-len(blocks) :],
-                full[: -len(blocks)],
-            )  # beginnings first: ends need them
+            at = len(full) - len(blocks)
+            batch, full = full[at:], full[:at]  # beginnings first: ends need them
             pages = [kv.page_of(block) for block in blocks]
             _fill(engine, kv, reader, blocks, batch, lambda: _read_records(kv, source, reader, running=True))
             self._found.update((_content(known.record), page) for known, page in zip(batch, pages, strict=True))
+            self._kept.update((page, known.record) for known, page in zip(batch, pages, strict=True))
+        if scarce:  # what goes first then must not be what the rest needs
+            order = sorted(self._kept, key=lambda page: self._kept[page].eviction_rank)
+            engine.touch(kv.blocks_at(order))
+
+    def _room(self, engine: Engine) -> int:
+        """Blocks that may be copied before they take the place of some that sequences will find."""
+        load, ledger = engine.load, self._kv.ledger
+        kept = sum(not ledger.used(page) for page in self._kept)
+        return max(0, load.kv_blocks - load.kv_blocks_used - kept)
 
     def _missing(self, source: KVSource, reader: PageReader) -> list[_Known]:
         """Blocks of running sequences that are not here, the ends of sequences first."""
-        running = _read_records(self._kv, source, reader, running=True)
-        missing = (known for known in running if not self._is_here(known.record))
+        missing = []
+        for known in _read_records(self._kv, source, reader, running=True):
+            page = self._found.get(_content(known.record))
+            if page is not None and self._holds(page, known.record):
+                self._kept[page] = known.record
+            else:
+                missing.append(known)
         return sorted(missing, key=lambda known: known.record.eviction_rank)
 
-    def _is_here(self, record: BlockRecord) -> bool:
-        page = self._found.get(_content(record))
-        found = None if page is None else self._kv.ledger.read(page)
+    def _holds(self, page: int, record: BlockRecord) -> bool:
+        found = self._kv.ledger.read(page)
         return found is not None and _content(found) == _content(record)
 
 

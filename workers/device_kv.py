@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import os
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
@@ -83,6 +83,12 @@ class DeviceKV:
     def page_of(self, block: int) -> int:
         """The page whose record in the ledger is the block's: its first one."""
         return self._pages[block][0]
+
+    def blocks_at(self, pages: Iterable[int]) -> list[int]:
+        """Blocks by the pages that `page_of` gives, without those that are not mapped any more."""
+        with self._lock:
+            blocks = {own[0]: block for block, own in self._pages.items()}
+        return [blocks[page] for page in pages if page in blocks]
 
     @property
     def running(self) -> int:

@@ -71,11 +71,14 @@ class KVSource:
         Where the pool's pages can be read by who cannot map them.
     pages : tuple of int
         The device's KV extent.
+    limit_s : float or None
+        For so long it may be copied ahead of the switch; None: until all is there.
     """
 
     pool: PoolExtents
     source: PageSource
     pages: tuple[int, ...]
+    limit_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 from ..errors import InternalError, OperatorError
 from .convert import check_convertible, convert
-from .tensor_file import DTYPE_BYTES, TensorInfo
+from .tensor_file import DTYPE_BYTES, FileIdentity, TensorInfo
 
 _READ_BYTES = 16 << 20  # per system call, so that progress is seen
 _CONVERT_ELEMENTS = 1 << 18  # 1 MiB of F32: stays in a core's cache between reading and writing
@@ -76,28 +77,38 @@ def load_pieces(pieces: Sequence[Piece], segments: Segments, progress: Progress 
     Raises
     ------
     OperatorError
-        A file cannot be opened or ends early; names file and tensor.
+        A file cannot be read, ends early, or is not the one any more whose header was read; names the file.
     """
     total, done = sum(piece.source.nbytes for piece in pieces), 0
-    with ExitStack() as stack:
-        descriptors: dict[str, int] = {}
-        for piece in sorted(pieces, key=lambda p: (p.source.file, p.source.offset)):
-            path = piece.source.file
-            if path not in descriptors:
-                descriptors[path] = _open(path)
-                stack.callback(os.close, descriptors[path])
-            memory = segments(piece.key, piece.dest_offset, piece.dest_bytes)
-            for nbytes in _read_piece(piece, descriptors[path], memory):
-                done += nbytes
-                if progress:
-                    progress(done, total)
+    ordered = sorted(pieces, key=lambda p: (p.source.file, p.source.offset))
+    for (path, identity), of_file in groupby(ordered, lambda p: (p.source.file, p.source.identity)):
+        with _opened(path, identity) as fd:
+            for piece in of_file:
+                memory = segments(piece.key, piece.dest_offset, piece.dest_bytes)
+                for nbytes in _read_piece(piece, fd, memory):
+                    done += nbytes
+                    if progress:
+                        progress(done, total)
 
 
-def _open(path: str) -> int:
+@contextmanager
+def _opened(path: str, identity: FileIdentity) -> Iterator[int]:
+    """The file, if it is the one that is meant, also when all has been read: it may be overwritten meanwhile."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with open(path, "rb") as file:
+            _check_same(path, file.fileno(), identity)
+            yield file.fileno()
+            _check_same(path, file.fileno(), identity)
     except OSError as e:
         raise OperatorError(f"{path}: cannot be read: {e.strerror}") from e
+
+
+def _check_same(path: str, fd: int, identity: FileIdentity) -> None:
+    if FileIdentity.of(fd, identity.data_start) != identity:
+        raise OperatorError(
+            f"{path}: not the file that is served any more: it was replaced or changed since the deployment began, or "
+            f"this node's copy is another; expected the former file; to serve other weights, start the deployment anew"
+        )
 
 
 def _read_piece(piece: Piece, fd: int, segments: Sequence[memoryview]) -> Iterator[int]:

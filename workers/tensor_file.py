@@ -1,4 +1,4 @@
-"""Headers of safetensors files: where each tensor's bytes are. Reads no tensor, needs no torch.
+"""Headers of safetensors files: where each tensor's bytes are, and in which file. Reads no tensor, needs no torch.
 
 The format is described at https://github.com/huggingface/safetensors#format: eight bytes of little-endian header
 length, a JSON header, then the data, into which ``data_offsets`` point.
@@ -12,17 +12,56 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Any
 
 from ..errors import InternalError, OperatorError
 
 _MAX_HEADER_BYTES = 100 << 20  # the format's own limit
+_SAMPLES = 16
+_SAMPLE_BYTES = 4 << 10
 DTYPE_BYTES: Mapping[str, int] = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
     **dict.fromkeys(("I32", "U32", "F32"), 4),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """Tells a file from another one that comes to have its path; a copy on another node is the same.
+
+    Only samples of the data count, since reading all of it takes minutes: a change between them is not noticed.
+    Training changes nearly every weight, and thus every sample; data of up to 64 KiB count as a whole.
+
+    Parameters
+    ----------
+    data_start : int
+        Where the header ends.
+    digest : bytes
+        Of the size, the header and the samples.
+    """
+
+    data_start: int
+    digest: bytes
+
+    @classmethod
+    def of(cls, fd: int, data_start: int) -> FileIdentity:
+        """Of an open file, whatever it holds; its position stays.
+
+        Raises
+        ------
+        OSError
+            It cannot be read.
+        """
+        file_bytes = os.fstat(fd).st_size
+        seen = blake2b(struct.pack("<Q", file_bytes), digest_size=16)
+        seen.update(_read_at(fd, 0, data_start))
+        last = max(0, file_bytes - data_start - _SAMPLE_BYTES)
+        for i in range(_SAMPLES):
+            seen.update(_read_at(fd, data_start + last * i // (_SAMPLES - 1), _SAMPLE_BYTES))
+        return cls(data_start, seen.digest())
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +79,8 @@ class TensorInfo:
     dtype : str
         As safetensors spells it, a key of `DTYPE_BYTES`.
     shape : tuple of int
+    identity : FileIdentity
+        Of the file. All its tensors have the same object, so that it is pickled once with any number of them.
     """
 
     name: str
@@ -48,6 +89,7 @@ class TensorInfo:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+    identity: FileIdentity
 
     def rows(self, start: int, end: int) -> TensorInfo:
         """Rows ``start`` to ``end`` of the first dimension, for instance some experts of a stacked tensor.
@@ -99,27 +141,35 @@ def read_header(path: str) -> dict[str, TensorInfo]:
                     f"a header of {header_bytes}"
                 )
             header = file.read(header_bytes)
+            identity = FileIdentity.of(file.fileno(), 8 + header_bytes)
     except OSError as e:
         raise OperatorError(f"{path}: cannot be read: {e.strerror}") from e
-    return _parse(path, header, file_bytes)
+    return _parse(path, header, file_bytes, identity)
 
 
-def _parse(path: str, header: bytes, file_bytes: int) -> dict[str, TensorInfo]:
+def _read_at(fd: int, offset: int, nbytes: int) -> bytes:
+    """Fewer bytes only where the file ends."""
+    found = bytearray()
+    while len(found) < nbytes and (part := os.pread(fd, nbytes - len(found), offset + len(found))):
+        found += part
+    return bytes(found)
+
+
+def _parse(path: str, header: bytes, file_bytes: int, identity: FileIdentity) -> dict[str, TensorInfo]:
     try:
         entries = json.loads(header)
     except ValueError as e:
         raise OperatorError(f"{path}: header: malformed JSON: {e}") from e
     if not isinstance(entries, dict):
         raise OperatorError(f"{path}: header: expected an object, got {type(entries).__name__}")
-    data_start = 8 + len(header)
     return {
-        name: _tensor(path, name, entry, data_start, file_bytes)
+        name: _tensor(path, name, entry, file_bytes, identity)
         for name, entry in entries.items()
         if name != "__metadata__"
     }
 
 
-def _tensor(path: str, name: str, entry: Any, data_start: int, file_bytes: int) -> TensorInfo:
+def _tensor(path: str, name: str, entry: Any, file_bytes: int, identity: FileIdentity) -> TensorInfo:
     try:
         dtype, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
         start, end = (int(offset) for offset in entry["data_offsets"])
@@ -134,8 +184,9 @@ def _tensor(path: str, name: str, entry: Any, data_start: int, file_bytes: int) 
         raise OperatorError(
             f"{path}: tensor {name!r}: {dtype} of shape {shape} has {expected} bytes, data_offsets give {start}..{end}"
         )
-    if data_start + end > file_bytes:
+    offset = identity.data_start + start
+    if offset + expected > file_bytes:
         raise OperatorError(
-            f"{path}: truncated: tensor {name!r} ends at byte {data_start + end}, the file has {file_bytes}"
+            f"{path}: truncated: tensor {name!r} ends at byte {offset + expected}, the file has {file_bytes}"
         )
-    return TensorInfo(name, path, data_start + start, expected, dtype, shape)
+    return TensorInfo(name, path, offset, expected, dtype, shape, identity)

@@ -191,7 +191,7 @@ class Worker:
         service.check()
 
         def go_on() -> bool:
-            return isinstance(service.state, Running) and time.monotonic() < self._copy_until_s[_beginning(source)]
+            return isinstance(service.state, Running) and self._may_copy(source)
 
         def hurried() -> bool:
             return self._copy_until_s[_beginning(source)] < inf
@@ -202,8 +202,11 @@ class Worker:
         return kv.pages
 
     def limit_kv(self, source: KVSource, limit_s: float | None) -> None:
-        """Have calls of `adopt_kv` for that source, if any are under way, copy for ``limit_s`` from now on."""
+        """Have `adopt_kv` and `prepare`, if they copy from that source, do so for ``limit_s`` from now on."""
         self._copy_until_s[_beginning(source)] = inf if limit_s is None else time.monotonic() + limit_s
+
+    def _may_copy(self, source: KVSource) -> bool:
+        return time.monotonic() < self._copy_until_s[_beginning(source)]
 
     def release(self, moved_to: str) -> None:
         """Tell a retired worker's clients to go on at the device ``moved_to`` (empty: any), and be idle again.
@@ -319,7 +322,9 @@ class Worker:
             self._joining[assignment.generation.id] = assignment, pools
         if service is None or kv is None:
             return in_background(lambda: join(assignment, pools, self._kv_for, abandoned))
-        inheritance = Inheritance(kv, assignment.inherits, abandoned)
+        for source in assignment.inherits:
+            self.limit_kv(source, source.limit_s)
+        inheritance = Inheritance(kv, assignment.inherits, lambda source: not abandoned() and self._may_copy(source))
         with inheritance.copying_ahead(service.engine):
             part = join(assignment, pools, self._kv_for, abandoned, Throttle(service.engine.step_s), cold=False)
             return replace(part, inheritance=inheritance)

@@ -13,12 +13,14 @@ _MIB = 1 << 20
 
 def render(preview: Preview) -> RenderableType:
     """Tables for a terminal."""
+    instead = f"instead of {preview.supersedes}, which is under way" if preview.supersedes else ""
     if not preview.generations:
-        return f"{preview.workers_before} workers already: nothing to do"
+        return f"{preview.workers_before} workers already: {instead or 'nothing to do'}"
     way = "" if preview.generations < 2 else f", in {preview.generations} generations as memory is tight"
     head = (
         f"{preview.workers_before} -> {preview.workers_after} workers, exchange {preview.exchange}{way}\n"
         f"{preview.moved_bytes / _MIB:,.1f} MiB of weights to move, about {preview.seconds:,.1f} s; nothing was done"
+        + (f"\n{instead}" if instead else "")
     )
     return Group(head, _devices_table(preview), _pools_table(preview))
 

@@ -138,10 +138,10 @@ class Layout:
 
     def _fits_beside_kv_of(self, old: Layout, pool: str) -> bool:
         """Whether what KV ``old`` has in a pool may stay until this layout serves: no more than one of them has."""
-        before, after = old._kv_in(pool), self._kv_in(pool)
+        before, after = old.kv_in(pool), self.kv_in(pool)
         return sum({**after, **before}.values()) <= max(sum(before.values()), sum(after.values()))
 
-    def _kv_in(self, pool: str) -> dict[str, int]:
+    def kv_in(self, pool: str) -> dict[str, int]:
         """KV blocks in a pool by device."""
         ranks = (rank for rank in range(len(self.seats)) if self.device_pool(rank) == pool)
         return {self.seats[rank].device: self.kv_blocks(rank) for rank in ranks}

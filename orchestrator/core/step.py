@@ -163,12 +163,15 @@ def _recover(state: State, snapshot: Snapshot, reason: str) -> State:
 
 
 def _without_dead_nodes(state: State, snapshot: Snapshot) -> State:
-    """An operation that counts on a node that is gone has failed; on one that it has left it does not count."""
+    """An operation whose goal counts on a node that is gone has failed; if only its way does, it goes there at once."""
     operation = state.operation
     if operation is None:
         return state
-    gone = sorted({node for layout in (*ahead(state), operation.goal) for node in layout.nodes} - snapshot.nodes)
-    return end(state, "failed", f"node {gone[0]} is gone", snapshot.now_s) if gone else state
+    if gone := sorted(set(operation.goal.nodes) - snapshot.nodes):
+        return end(state, "failed", f"node {gone[0]} is gone", snapshot.now_s)
+    if any(not set(layout.nodes) <= snapshot.nodes for layout in ahead(state)):
+        operation = replace(operation, route=(operation.goal,))
+    return replace(state, operations=(*state.operations[:-1], operation))
 
 
 def _open(state: State, layout: Layout, snapshot: Snapshot, *, recovery: bool) -> State:

@@ -272,6 +272,7 @@ class FakeHands:
         self.owners: list[FakeOwner] = []
         self.workers: list[FakeWorker] = []
         self.state: bytes | None = None
+        self.model: bytes | None = None
         self.alive = list(nodes)
         self.placed = True  # whether what is started has a process
         self.looks = 0  # at that
@@ -318,6 +319,12 @@ class FakeHands:
 
     async def load(self) -> bytes | None:
         return self.state
+
+    async def keep(self, model: bytes) -> None:
+        self.model = model
+
+    async def kept(self) -> bytes | None:
+        return self.model
 
     async def forget(self) -> None:
         self.state = None

@@ -256,6 +256,51 @@ class Overtaken(FakeOwner):
         return self.reports.pop(0)
 
 
+def test_an_owner_that_owes_an_answer_since_a_change_is_stale() -> None:
+    """Its pages of before may have been freed; one that is merely slow is taken at its word once."""
+
+    async def go() -> None:
+        hands = FakeHands(HERE)
+        cluster = Cluster(cast(Any, hands), 20.0, lambda: None)
+        owner = Slow(OwnerConfig("pool", 16, 65536, "t" * 16), hands.faults)
+        await cluster.look_at_nodes()
+        await cluster.add_pool("pool", "here", cast(Any, owner))
+        try:
+            assert not await stale(cluster)
+            await asyncio.sleep(0.15)
+            owner.answers.clear()
+            assert not await stale(cluster)
+            owner.answers.set()
+            await asyncio.sleep(0.15)
+            assert not await stale(cluster)
+            owner.answers.clear()
+            cluster.touch(ResizeKV("worker-0", 3))
+            assert await stale(cluster)
+            owner.answers.set()
+            assert not await stale(cluster)
+        finally:
+            cluster.close()
+
+    asyncio.run(go())
+
+
+async def stale(cluster: Cluster) -> bool:
+    return (await cluster.look(frozenset(), {})).pools["pool"].stale
+
+
+class Slow(FakeOwner):
+    """It answers when it may."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.answers = asyncio.Event()
+        self.answers.set()
+
+    async def report(self, seen: int = -1) -> OwnerReport:
+        await self.answers.wait()
+        return await super().report(seen)
+
+
 def test_an_answer_that_was_overtaken_does_not_undo_the_later_one() -> None:
     async def go() -> None:
         hands = FakeHands(HERE)
@@ -275,6 +320,8 @@ def test_an_answer_that_was_overtaken_does_not_undo_the_later_one() -> None:
                 await pool.refresh()
                 seen.append((pool.pages, cluster.moved_bytes))
             assert seen == [(old, 10), (new, 21), (new, 21), (new, 22)]
+            await cluster.look_at_nodes()  # its node is not among them
+            assert cluster.moved_bytes == 22, "what came before it was lost has come all the same"
         finally:
             cluster.close()
 

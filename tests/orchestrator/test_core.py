@@ -280,6 +280,13 @@ def test_a_node_that_an_operation_has_left_may_go():
     operation = Operation("op-1", "drain", "b", (both, goal), 0.0, committed_s=1.0)
     ended = step(replace(state, operations=(operation,)), snapshot).state.operations[-1]
     assert (ended.outcome, ended.reason) == ("done", "")
+    through = replace(
+        operation, route=(replace(both, length_blocks=1), replace(goal, length_blocks=1)), committed_s=0.0
+    )
+    decided = step(replace(state, operations=(through,)), snapshot).state
+    assert decided.operations[-1].outcome == "running", "its goal does not need the node: it goes there at once"
+    assert decided.pending is not None
+    assert decided.pending.record.layout == through.goal
     back = replace(operation, route=(goal, both), committed_s=0.0)
     ended = step(replace(state, operations=(back,)), snapshot).state.operations[-1]
     assert (ended.outcome, ended.reason) == ("failed", "node b is gone")

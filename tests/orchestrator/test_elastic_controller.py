@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import shutil
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -229,6 +230,21 @@ def test_a_transition_that_fails_is_rolled_back(checkpoint: Path, call: str) -> 
     asyncio.run(go())
 
 
+def test_a_dry_run_says_what_it_would_supersede(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 2) as (controller, hands, token):
+            hands.faults.held.add("prepare")
+            asked = await controller.scale(token, 3)
+            for workers, supersedes in ((2, f"{asked.id} (scale 2 -> 3 workers)"), (3, "")):
+                found = await controller.scale(token, workers, dry_run=True)
+                assert isinstance(found, Preview)
+                assert found.supersedes == supersedes
+            await controller.cancel(token, asked.id)
+            hands.faults.held.clear()
+
+    asyncio.run(go())
+
+
 def test_devices_that_never_come_fail_the_operation(checkpoint: Path) -> None:
     async def go() -> None:
         async with controlled(checkpoint, 1) as (controller, hands, token):
@@ -433,6 +449,25 @@ def test_a_drain_asked_for_again_is_the_same_and_may_bring_a_deadline(checkpoint
             assert unlimited is None
             assert limit_s is not None
             assert limit_s <= 0.2
+
+    asyncio.run(go())
+
+
+def test_a_deadline_ends_copying_ahead_of_the_switch_too(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 2, memory_mode="separate") as (controller, hands, token):
+            before = hands.faults.calls.count("prepare")
+            hands.faults.held.add("prepare")
+            asked = await controller.drain(token, "cpu-1", 30.0)
+            await until(lambda: hands.faults.calls.count("prepare") > before)
+            assert (await controller.drain(token, "cpu-1", 5.0)).id == asked.id
+            await until(lambda: hands.workers[0].limits_s)
+            hands.faults.held.clear()
+            assert (await done(controller, token, asked)).state == "done"
+            assert 0 < hands.workers[0].limits_s[0] <= 5
+            (source,) = hands.workers[0].prepared[max(hands.workers[0].prepared)].inherits
+            assert source.limit_s is not None
+            assert 5 < source.limit_s <= 30
 
     asyncio.run(go())
 
@@ -666,7 +701,7 @@ def test_who_cannot_be_told_where_kv_is_does_not_take_sequences_over_at_the_swit
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its owner may be dead just then; a successor has it when KV is handed over."""
-    monkeypatch.setattr(KVDeeds, "inherits", lambda self, worker: ())
+    monkeypatch.setattr(KVDeeds, "inherits", lambda self, worker: {})
 
     async def go() -> None:
         async with controlled(checkpoint, 2, memory_mode="separate") as (controller, hands, token):
@@ -801,6 +836,23 @@ async def restarted(first: Controller, hands: FakeHands) -> Controller:
     second = await resumed(first, hands)
     await asyncio.wait_for(second.start(), LIMIT_S)
     return second
+
+
+def test_a_restarted_controller_takes_no_other_checkpoint_for_its_own(checkpoint: Path, tmp_path: Path) -> None:
+    """What it serves is described by what it read first; its folder may hold other weights by now, or none."""
+    folder = shutil.copytree(checkpoint, tmp_path / "served")
+
+    async def go() -> None:
+        async with controlled(folder, 2) as (first, hands, token):
+            before = pickle.loads(hands.model)
+            shutil.rmtree(folder)
+            second = await restarted(first, hands)
+            assert (await done(second, token, await second.scale(token, 3))).state == "done"
+            assert pickle.loads(hands.model) == before
+            await second.stop()
+            hands.state = None
+
+    asyncio.run(go())
 
 
 @pytest.mark.parametrize("moment", ["steady", "growing"])

@@ -151,8 +151,29 @@ def test_more_than_there_are_is_refused() -> None:
 
 def test_a_device_whose_node_is_not_there_is_refused() -> None:
     planned_for = context(fleet=(fast("a"), slow("b", node="elsewhere")), experts=4)
-    with pytest.raises(OperatorError, match="device b: its node 'elsewhere' is not alive; alive: node-a"):
+    with pytest.raises(OperatorError, match=r"lists 2 devices; on nodes that are not alive: b \(elsewhere\)"):
         resized(layout_of(planned_for, 1), 2, planned_for)
+
+
+def test_devices_of_nodes_that_left_are_passed_over() -> None:
+    fleet = tuple(fast(f"{node}-{i}", node=f"node-{node}") for node in "abc" for i in range(2))
+    a, b = NODES
+    c = replace(b, id="node-c", host="10.0.0.3")
+    everywhere = context(a, b, c, fleet=fleet, memory_mode="separate", experts=4)
+    current = layout_of(everywhere, 3)
+    assert current.devices == ("a-0", "a-1", "b-0")
+    without = drained(current, "node-b", everywhere)
+    for later in (replace(everywhere, cordoned=frozenset({"node-b"})), replace(everywhere, nodes=(a, c))):
+        assert resized(without, 4, later).devices == ("a-0", "a-1", "c-0", "c-1")
+        with pytest.raises(OperatorError, match=r"lists 6 devices; on .*: b-0.*, b-1"):
+            resized(without, 5, later)
+
+
+def test_the_last_of_the_file_goes_first_however_crowded_nodes_are() -> None:
+    crowded, roomy = replace(NODES[0], cpus=2), replace(NODES[1], cpus=8)
+    fleet = (fast("a", node="node-a"), fast("b", node="node-a"), slow("c", node="node-b"), slow("d", node="node-b"))
+    planned_for = context(crowded, roomy, fleet=fleet, memory_mode="separate", experts=4)
+    assert resized(layout_of(planned_for, 4), 3, planned_for).devices == ("a", "b", "c")
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 20)), min_size=1, max_size=6), st.integers(1, 40))

@@ -66,6 +66,15 @@ def test_a_new_node_loads_the_trunk_and_each_expert_once() -> None:
     assert found.exchange == "gloo"
 
 
+def test_what_it_would_supersede_is_shown() -> None:
+    planned_for = context()
+    current = layout_of(planned_for, 2)
+    for target in (current, resized(current, 3, planned_for)):
+        found = replace(preview(current, target), supersedes="op-3 (scale 2 -> 4 workers)")
+        assert "instead of op-3 (scale 2 -> 4 workers), which is under way" in text(found)
+        assert "nothing to do" not in text(found)
+
+
 def test_nothing_to_do() -> None:
     current = layout_of(context(), 2)
     found = preview(current, current)
@@ -84,6 +93,12 @@ def test_peaks_hold_both_layouts(first: int, then: int, separate: bool) -> None:
     for layout in (current, target):
         for pool in layout.pools if current != target else ():
             assert used(layout, pool) <= peaks[pool] <= layout.pool_pages(pool)
+    for pool in peaks if mode == "shared" else ():  # KV yields before the switch: experts are there once
+        experts = len(current.placement.replicas_LE) * len(current.placement.replicas_LE[0])
+        rest = experts * current.memory.expert_pages + current.memory.trunk_pages
+        exchange = current.exchange_pages + target.exchange_pages
+        blocks = max(sum(layout.kv_in(pool).values()) for layout in (current, target))
+        assert peaks[pool] <= rest + exchange + blocks * current.memory.kv_block_pages
 
 
 def used(layout: Layout, pool: str) -> int:

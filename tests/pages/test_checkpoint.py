@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from concertina.errors import InternalError, OperatorError
 from concertina.workers.checkpoint import Checkpoint
-from concertina.workers.tensor_file import TensorInfo, read_header
+from concertina.workers.tensor_file import FileIdentity, TensorInfo, read_header
 from safetensors.torch import save_file
 
 from .tensor_files import raw, write_checkpoint, write_header
@@ -63,6 +64,34 @@ def test_rows_of_a_stacked_tensor(folder: Path) -> None:
             info.rows(start, end)
     with pytest.raises(InternalError, match="no rows"):
         info.at(0).at(0).at(0).rows(0, 1)
+
+
+def test_a_file_is_known_by_what_it_holds(tmp_path: Path) -> None:
+    """However large the data is against its samples: the first and last byte count, and every byte of a small file."""
+    for count in (0, 1, 1000, 65_536, 300_000):
+        tensors = {"w": torch.zeros(count, dtype=torch.uint8), "end": torch.zeros(4, dtype=torch.uint8)}
+        file = write_checkpoint(tmp_path / "toy", {"model.safetensors": tensors}) / "model.safetensors"
+        first, whole = read_header(str(file))["w"], file.read_bytes()
+        start, changed = first.offset, {0, 8, len(whole) - 1}
+        changed |= set(range(start, len(whole), 97 if len(whole) - start <= 65_536 else len(whole)))
+        for at in changed - {0}:  # the header's length makes it another file's
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with file.open("rb") as f:
+                assert FileIdentity.of(f.fileno(), start) != first.identity, (count, at)
+        for other in (whole + b"\0", whole[:-1], b""):
+            file.write_bytes(other)
+            with file.open("rb") as f:
+                assert FileIdentity.of(f.fileno(), start) != first.identity, (count, len(other))
+        file.write_bytes(whole)
+        assert read_header(str(file))["w"] == first
+
+
+def test_an_identity_is_pickled_once_for_all_tensors_of_a_file(folder: Path) -> None:
+    info = Checkpoint.open(folder).tensor("a")
+    parts = [info.at(n % 4).rows(0, n % 3) for n in range(100)]
+    packed = pickle.dumps(parts)
+    assert packed.count(info.identity.digest) == 1
+    assert pickle.loads(packed) == parts
 
 
 def test_a_missing_tensor_and_a_wrong_shape_are_named(folder: Path) -> None:

@@ -25,6 +25,7 @@ from concertina.workers.pages.ranges import HUGE_BYTES, MemfdRange
 from concertina.workers.pages.sharing import fetch_pool
 from concertina.workers.pages.table import Extent, ExtentRequest
 from concertina.workers.pages.views import view
+from concertina.workers.tensor_file import FileIdentity
 
 from .tensor_files import write_checkpoint
 
@@ -194,12 +195,61 @@ def test_a_file_that_shrank_or_went_after_opening_is_named(owner: MemoryOwner, t
     owner.allocate("trunk", "trunk", 2)
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(OperatorError, match=r"model.safetensors: tensor 'w': the file ends at byte"):
+    with pytest.raises(OperatorError, match=r"model.safetensors: not the file that is served any more"):
         owner.load([piece])
     file.unlink()
     with pytest.raises(OperatorError, match=r"model.safetensors: cannot be read: No such file"):
         owner.load([piece])
+    file.mkdir()
+    with pytest.raises(OperatorError, match=r"model.safetensors: cannot be read: Is a directory"):
+        owner.load([piece])
     owner.free("trunk")  # a failed load holds nothing
+
+
+def test_a_file_that_is_written_over_while_it_is_read_is_named(owner: MemoryOwner, tmp_path: Path) -> None:
+    whole = {"v": torch.ones(1024), "w": torch.ones(1024)}
+    folder = write_checkpoint(tmp_path / "toy", {"model.safetensors": whole})
+    file, checkpoint = folder / "model.safetensors", Checkpoint.open(folder)
+    pieces = [Piece(checkpoint.tensor(name), "trunk", n * 4096, "F32") for n, name in enumerate(whole)]
+    owner.allocate("trunk", "trunk", 2)
+
+    def shrink(done: int, total: int) -> None:
+        if done < total:
+            os.truncate(file, pieces[1].source.offset)
+
+    with pytest.raises(OperatorError, match=r"model.safetensors: tensor 'w': the file ends at byte"):
+        owner.load(pieces, shrink)
+
+    def write_over(_done: int, _total: int) -> None:
+        write_checkpoint(folder, {"model.safetensors": {"v": torch.ones(1024), "w": torch.zeros(1024)}})
+
+    write_checkpoint(folder, {"model.safetensors": whole})
+    with pytest.raises(OperatorError, match=r"model.safetensors: not the file that is served any more"):
+        owner.load(pieces, write_over)
+    write_checkpoint(folder, {"model.safetensors": whole})
+    owner.load(pieces)
+    assert torch.equal(as_tensor(owner, "trunk", torch.float32, (2048,)), torch.ones(2048))
+    owner.free("trunk")
+
+
+def test_files_are_looked_at_once_a_load_however_many_pieces(
+    owner: MemoryOwner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = {f"x-{n}.safetensors": {f"w{n}": torch.full((64, 16), float(n))} for n in range(3)}
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "toy", shards))
+    sources = [checkpoint.tensor(f"w{n}").at(row) for row in range(64) for n in range(3)]
+    pieces = [Piece(source, "trunk", 64 * at, "F32") for at, source in enumerate(sources)]
+    looks, of = [0], FileIdentity.of
+
+    def counted(fd: int, data_start: int) -> FileIdentity:
+        looks[0] += 1
+        return of(fd, data_start)
+
+    monkeypatch.setattr(FileIdentity, "of", counted)
+    owner.allocate("trunk", "trunk", 3)
+    owner.load(pieces)
+    assert looks == [2 * 3]  # before its first piece and after its last one
+    assert as_tensor(owner, "trunk", torch.float32, (192, 16))[:, 0].tolist() == [0.0, 1.0, 2.0] * 64
 
 
 def test_an_extent_being_loaded_is_held(owner: MemoryOwner, tmp_path: Path) -> None:

@@ -130,6 +130,7 @@ class ProcessHands:
         self.hung: set[OwnerService] = set()  # owners that give no answer any more
         self.workers: dict[str, Member] = {}
         self.state: bytes | None = None
+        self.model: bytes | None = None
         self._store: dist.TCPStore | None = None
         self._threads = ThreadPoolExecutor(32)  # some calls wait for long
 
@@ -190,6 +191,12 @@ class ProcessHands:
 
     async def load(self) -> bytes | None:
         return self.state
+
+    async def keep(self, model: bytes) -> None:
+        self.model = model
+
+    async def kept(self) -> bytes | None:
+        return self.model
 
     async def forget(self) -> None:
         self.state = None

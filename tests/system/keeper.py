@@ -71,6 +71,12 @@ class Keeper:
     async def load(self) -> bytes | None:
         return await self.hands.load()
 
+    async def keep(self, model: bytes) -> None:
+        await self.hands.keep(model)
+
+    async def kept(self) -> bytes | None:
+        return await self.hands.kept()
+
     async def forget(self) -> None:
         await self.hands.forget()
 

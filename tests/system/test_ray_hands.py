@@ -74,14 +74,16 @@ def test_state_stays_until_it_is_forgotten(keeper: Any) -> None:
     assert remote.ask(keeper.load.remote()) is None
     remote.ask(keeper.save.remote(b"\0one"))
     remote.ask(keeper.save.remote(b"\0two"))
+    remote.ask(keeper.keep.remote(b"model"))
     restart(keeper)
     assert remote.ask_again(keeper.load.remote) == b"\0two"
+    assert remote.ask(keeper.kept.remote()) == b"model"
     with keeper_of("test_state") as other:  # a name that begins alike
         assert remote.ask(other.load.remote()) is None
         remote.ask(other.sweep.remote())
     assert remote.ask(keeper.load.remote()) == b"\0two"
     remote.ask(keeper.forget.remote())
-    assert remote.ask(keeper.load.remote()) is None
+    assert remote.ask(keeper.load.remote()) is remote.ask(keeper.kept.remote()) is None
 
 
 def test_a_restarted_controller_finds_what_it_has_started(keeper: Any) -> None:
@@ -121,6 +123,7 @@ def test_what_an_earlier_deployment_left_is_swept_away(keeper: Any, request: pyt
     remote.ask(keeper.save.remote(b"old"))
     ray.kill(keeper)
     with keeper_of(request.node.name) as later:
+        assert remote.ask(later.load.remote()) is None, "it is another controller's"
         remote.ask(later.sweep.remote())
         assert not owner.runs
         assert remote.ask(later.found.remote()) == {}

@@ -179,10 +179,11 @@ async def cleared(load: Load) -> None:
 
 
 def held(hands: ProcessHands) -> dict[str, dict[str, int]]:
-    """Pages by pool and extent, but for books; a pool that waits for a device has no others."""
+    """Pages by pool and extent, unfinished ones too, but for books; a pool that waits for a device has no others."""
     pools = {}
     for name, owner in hands.owners.items():
-        pages = {key: len(found) for key, found in owner.report().pages.items() if key != LEDGER_KEY}
+        extents = [e for e in owner._owner.extents() if e.purpose != "table" and e.key != LEDGER_KEY]
+        pages = {extent.key: len(extent.pages) for extent in extents}
         if pages:
             pools[name.partition("/")[2]] = pages
     return pools

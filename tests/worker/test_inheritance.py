@@ -206,6 +206,83 @@ def test_full_blocks_are_copied_ahead_and_the_rest_at_the_boundary(
         workers[1].worker.release("a")
 
 
+def test_no_more_is_copied_ahead_than_there_is_room_for(
+    make_site: MakeSite, hire: Hire, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what came first, the beginnings of sequences, would make room for what comes later."""
+    site, workers = make_site("a", "b", blocks=100, separate=True), [hire(emulated_step_ms=10.0) for _ in range(2)]
+    reads = Reads(site, "b", monkeypatch)
+    bring(workers, site.generation(["a", "b"]))
+    with clients() as client:
+        ours, *theirs = [client.start(workers[min(i, 1)], [i, *range(99)], 30 + 20 * (i == 0)) for i in range(4)]
+        for stream in (ours, *theirs):
+            stream.wait_for(2)
+        load = workers[0].worker.report().load
+        parts = inheriting(site, ["a"], 0, "b")
+        prepare(workers[:1], parts)
+        copied = sum(map(len, reads.pages)) // site.block_pages
+        assert 50 <= copied <= load.kv_blocks - load.kv_blocks_used < 3 * 25
+        for worker, heir in zip(workers, ("", "a"), strict=True):
+            worker.call("commit", parts[0].generation.id, heir)
+        assert {stream.finished() for stream in theirs} == {"moved"}
+        again = [client.again(workers[0], stream) for stream in theirs]
+        assert all(right(new, loaded, len(old.tokens)) for new, old in zip(again, theirs, strict=True))
+        assert right(ours, loaded, 0)
+        assert sorted(new.cached_tokens for new in again)[1] >= 40, "of two of them most is there"
+        workers[1].worker.release("a")
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_deadline_ends_copying_ahead(
+    make_site: MakeSite, hire: Hire, loaded: Loaded, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The switch waits for it, and what has come by then is kept."""
+    site, workers = make_site("a", "b", blocks=ROOM, separate=True), [hire(emulated_step_ms=10.0) for _ in range(2)]
+    reads = Reads(site, "b", monkeypatch)
+    bring(workers, site.generation(["a", "b"]))
+    with clients() as client:
+        stream = client.start(workers[1], range(100), 55)
+        stream.wait_for(2)
+        parts = inheriting(site, ["a"], 0, "b")
+        (source,) = parts[0].inherits
+        if when == "before":
+            parts[0] = replace(parts[0], inherits=(replace(source, limit_s=0.0),))
+        else:
+            reads.before = lambda: workers[0].worker.limit_kv(source, 0.0)
+        prepare(workers[:1], parts)
+        assert len(reads.pages) == (0 if when == "before" else 1)
+        for worker, heir in zip(workers, ("", "a"), strict=True):
+            worker.call("commit", parts[0].generation.id, heir)
+        assert stream.finished() == "moved"
+        again = client.again(workers[0], stream)
+        assert right(again, loaded, len(stream.tokens))
+        assert again.cached_tokens == len(again.prompt) - 1, "what is left is little enough for the boundary"
+        workers[1].worker.release("a")
+
+
+def test_nobody_waits_long_at_the_boundary_for_a_slow_link(
+    make_site: MakeSite, hire: Hire, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, workers = make_site("a", "b", blocks=ROOM, separate=True), [hire(), hire()]
+    reads = Reads(site, "b", monkeypatch)
+    reads.before = lambda: time.sleep(0.2)
+    monkeypatch.setattr(adoption, "_READ_S", 0.3)
+    monkeypatch.setattr(adoption, "_REST_BYTES", 1)
+    bring(workers, site.generation(["a", "b"]))
+    with clients() as client:
+        stream = client.start(workers[1], range(60), 90)
+        stream.wait_for(2)
+        parts = inheriting(site, ["a"], 0, "b")
+        parts[0] = replace(parts[0], inherits=tuple(replace(source, limit_s=0.0) for source in parts[0].inherits))
+        bring(workers[:1], parts, workers[1], heir="a")
+        assert stream.finished() == "moved"
+        assert len(reads.pages) == 2
+        again = client.again(workers[0], stream)
+        assert right(again, loaded, len(stream.tokens))
+        assert again.cached_tokens == 2 * BLOCK_TOKENS, "beginnings come first"
+        workers[1].worker.release("a")
+
+
 def test_what_is_written_anew_while_it_is_copied_ahead_is_not_believed(
     make_site: MakeSite, hire: Hire, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
