@@ -49,7 +49,7 @@ class Balancer:
         for name, report in reports.items():
             if not report.counts_LE:
                 continue
-            key = (name, report.serving)
+            key = (name, report.counted)
             counts = np.asarray(report.counts_LE, dtype=np.float64)
             begun = (counts if self._seen is None else np.zeros_like(counts)), report.stats.steps
             before, steps_before = (self._seen or {}).get(key, begun)

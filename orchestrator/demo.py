@@ -25,6 +25,7 @@ from rich.table import Table
 from ..errors import OperatorError
 
 CHECKPOINT = Path(".demo/checkpoint")
+NAME = "concertina-demo"  # else the token of a deployment that runs here would be replaced
 WORKERS = 2
 MAX_TOKENS = 160
 _PORTS = range(20_000, 32_000)
@@ -67,7 +68,7 @@ def free_port() -> int:
 @contextmanager
 def serving(checkpoint: Path, port: int) -> Iterator[float]:
     """A ``concertina serve`` beside this process; yields the seconds that it took to open its endpoint."""
-    command = [sys.executable, "-m", "concertina", "serve", str(checkpoint), "--address", "local"]
+    command = [sys.executable, "-m", "concertina", "serve", str(checkpoint), "--address", "local", "--name", NAME]
     begin = time.monotonic()
     server = subprocess.Popen(
         [*command, "--workers", str(WORKERS), "--port", str(port)], stdout=subprocess.PIPE, text=True
@@ -152,7 +153,7 @@ def main() -> None:
             streamed.append(stream(port, CHECKPOINT.name, prompt))
             console.print("\n")
         console.print("[bold]4. Status[/] (concertina status)")
-        run("status", "--once")
+        run("status", "--once", "--name", NAME)
     summary(console, CHECKPOINT, ready_s, streamed)
 
 

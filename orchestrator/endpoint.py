@@ -11,7 +11,9 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.context import _get_global_client
 
+from ..errors import OperatorError
 from . import remote
 from .config import NAMESPACE, DeploymentConfig
 from .ingress.deployment import ActorMembers, Lifeline, build_ingress
@@ -33,6 +35,7 @@ class Endpoint:
 
     def __init__(self, config: DeploymentConfig, settings: IngressSettings, pool: Executor) -> None:
         self.config, self.settings = config, settings
+        self.controller_id: str = remote.find_controller(config.name)._actor_id.hex()
         self.owns_serve = not _serve_runs()
         self.opening: Future[None] = pool.submit(self._open)
         self._pool, self._ending = pool, threading.Event()
@@ -48,9 +51,10 @@ class Endpoint:
         self._ending.set()
 
     def close(self) -> None:
-        """Take it away."""
+        """Take it away, and Serve with it if that was started for it and nobody else uses it."""
         with contextlib.suppress(ray.exceptions.RayError):
-            serve.shutdown() if self.owns_serve else serve.delete(self.config.name)
+            others = set(serve.status().applications) - {self.config.name}
+            serve.shutdown() if self.owns_serve and not others else serve.delete(self.config.name)
         with contextlib.suppress(ray.exceptions.RayError):
             if self._door is not None:
                 ray.kill(self._door)
@@ -58,8 +62,12 @@ class Endpoint:
     def _open(self) -> None:
         """With one replica; the others can come when the machine has less to do."""
         listen = {"host": self.config.endpoint.host, "port": self.config.endpoint.port}
-        serve.start(http_options=listen, logging_config={"log_level": "WARNING"})
-        self._run(1, wait=True)
+        try:
+            serve.start(http_options=listen, logging_config={"log_level": "WARNING"})
+            self._run(1, wait=True)
+        except Exception as e:  # Serve has no class of its own for what does not start, and wraps why it did not
+            reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
+            raise OperatorError(f"endpoint: it could not be opened: {reason}") from e
 
     def _double(self) -> None:
         if self._ending.wait(_AFTER_S):
@@ -74,7 +82,7 @@ class Endpoint:
     def _run(self, replicas: int, wait: bool) -> None:
         name, actor = self.config.name, remote.controller_name(self.config.name)
         source = ActorMembers(actor, NAMESPACE, self.config.token)
-        lifeline = Lifeline(actor, NAMESPACE, name, self.owns_serve)
+        lifeline = Lifeline(actor, NAMESPACE, self.controller_id, name, self.owns_serve)
         application = build_ingress(self.settings, source, replicas, lifeline)
         serve.run_many([serve.RunTarget(application, name, "/")], wait_for_applications_running=wait)
 
@@ -96,6 +104,30 @@ def opened(config: DeploymentConfig, settings: IngressSettings, leave_serve: boo
                 pool.shutdown()
             if not leave_serve:
                 endpoint.close()
+
+
+def check_serve(config: DeploymentConfig, taken: OperatorError | None) -> None:
+    """Raise `OperatorError` if the Ray Serve that runs in this cluster cannot open the endpoint as it was asked for.
+
+    ``taken`` is what is wrong with the port, unless Serve itself listens there.
+    """
+    if not _serve_runs():
+        if taken is not None:
+            raise taken
+        return
+    client: Any = _get_global_client()
+    listens = client.http_config.port
+    if listens != config.endpoint.port:
+        raise OperatorError(
+            f"port: {config.endpoint.port}: Ray Serve runs in this cluster already; expected its port, {listens} "
+            "(or give --address local, which starts another Ray)"
+        )
+    for name, application in client.get_serve_details()["applications"].items():
+        if application["route_prefix"] == "/" and name != config.name:
+            raise OperatorError(
+                f"endpoint: application {name!r} answers in this cluster; a cluster has one endpoint: end that one, or "
+                "give --address local, which starts another Ray"
+            )
 
 
 def _serve_runs() -> bool:

@@ -22,6 +22,7 @@ _CONTROLLER = "controller/"
 _KNOCK_S = 5.0
 PATIENCE_S = 60.0
 _AGAIN_S = 0.2
+_REFUSALS = (OSError, ValueError, RuntimeError, ray.exceptions.RayError)  # by `ray.init`
 
 
 class Unavailable(InternalError):
@@ -49,7 +50,7 @@ def connect_to(address: str | None) -> None:
     try:
         _knock(where)
         ray.init(where, namespace=NAMESPACE, log_to_driver=False, logging_level=_LOG_LEVEL)
-    except (OSError, ValueError, RuntimeError) as e:
+    except _REFUSALS as e:
         raise OperatorError(
             f"address: no Ray cluster answers at {where!r} ({e}); start one with concertina serve or ray start --head"
         ) from e
@@ -81,6 +82,10 @@ def join_or_start(address: str | None, workers: int, verbose: bool) -> bool:
             return False
         except ConnectionError:
             logging.getLogger(__name__).info("no Ray cluster runs here: starting an embedded one")
+        except _REFUSALS as e:
+            raise OperatorError(
+                f"address: the Ray cluster that runs here cannot be joined ({e}); --address local starts another one"
+            ) from e
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 puts what serves behind every process that starts
     try:
         ray.init(

@@ -95,9 +95,16 @@ def _passed_over(entries: Sequence[Entry], hosts: Mapping[str, str], shut: Mappi
 
 
 def first_seats(context: Context) -> tuple[Seat, ...]:
-    """Those of a deployment that starts; raises as `further_seats` does."""
+    """Those of a deployment that starts; raises as `further_seats` does, and where one of the first has no node."""
     config = context.config
-    return further_seats((), config.workers, context) if config.fleet else seat_workers(context.nodes, config.workers)
+    if not config.fleet:
+        return seat_workers(context.nodes, config.workers)
+    hosts = {node.id: node.host for node in context.nodes}
+    for entry in config.inventory.entries[: config.workers]:  # a slip of the pen, more likely than a node that is late
+        if entry.node and not nodes_called(entry.node, hosts):
+            there = ", ".join(f"{node} ({host})" for node, host in hosts.items()) or "none"
+            raise OperatorError(f"cluster: device {entry.device}: its node {entry.node!r} is not alive; alive: {there}")
+    return further_seats((), config.workers, context)
 
 
 def seat_workers(nodes: Sequence[NodeInfo], workers: int) -> tuple[Seat, ...]:

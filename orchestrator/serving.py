@@ -23,7 +23,7 @@ from . import remote
 from .config import DeploymentConfig
 from .controller_actor import launch
 from .core.layout import Seat
-from .endpoint import opened
+from .endpoint import check_serve, opened
 from .ingress.settings import IngressSettings
 from .lifeline import Identity
 from .planning import fitting_placement, max_model_len
@@ -36,8 +36,10 @@ _HEALTH_S = 1.0
 _STOP_S = 10.0
 
 
-def serve_until_stopped(config: DeploymentConfig, address: str | None, verbose: bool) -> None:
+def serve_until_stopped(config: DeploymentConfig, address: str | None, verbose: bool, token_given: bool) -> None:
     """Serve until Ctrl-C, SIGTERM or a failure; leaves nothing behind.
+
+    ``token_given``: whoever may change the deployment has the token already.
 
     Raises
     ------
@@ -49,14 +51,20 @@ def serve_until_stopped(config: DeploymentConfig, address: str | None, verbose: 
     settings = _settings(config, model)
     if config.placement_file is not None:  # the controller reads it again; a mistake is told before Ray starts
         fitting_placement(config.placement_file, [Seat(f"cpu-{i}", "") for i in range(config.workers)], model)
-    _check_port_free(config.endpoint.host, config.endpoint.port)
+    taken = _port_taken(config.endpoint.host, config.endpoint.port)
+    if taken is not None and address == remote.LOCAL:
+        raise taken
     console = Console(stderr=True)
     stop = _stop_signals()
     try:
         started = remote.join_or_start(address, config.workers, verbose)
+        _stop_signals()  # Ray has put its own in their place
+        check_serve(config, taken)
         with _controller(config) as controller:
             starting = controller.start.remote()
-            with opened(config, settings, leave_serve=started) as endpoint:
+            # The file goes first at the end: a job that is stopped has three seconds, and Serve takes two and more.
+            keeping = kept_token(config.name, config.token, needed=not token_given)
+            with opened(config, settings, leave_serve=started) as endpoint, keeping:
                 _bring_up(starting, endpoint.opening, controller, console)
                 _announce(config, started)
                 endpoint.stand_by()
@@ -85,13 +93,16 @@ def _settings(config: DeploymentConfig, model: ModelFiles) -> IngressSettings:
     )
 
 
-def _check_port_free(host: str, port: int) -> None:
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            s.bind((host, port))
-        except OSError as e:
-            raise OperatorError(f"port: cannot listen on {host}:{port} ({e.strerror}); choose another --port") from e
+def _port_taken(host: str, port: int) -> OperatorError | None:
+    """What is wrong with an address to listen on, if anything is."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind(address)
+    except OSError as e:
+        return OperatorError(f"port: cannot listen on {host}:{port} ({e.strerror}); choose another --port")
+    return None
 
 
 def _stop_signals() -> Callable[[], None]:
@@ -116,8 +127,7 @@ def _stop_signals() -> Callable[[], None]:
 def _controller(config: DeploymentConfig) -> Iterator[Any]:
     actor = launch(config)
     try:
-        with kept_token(config.name, config.token):
-            yield actor
+        yield actor
     finally:
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(actor.stop.remote(), timeout=_STOP_S)
@@ -132,6 +142,8 @@ def _bring_up(starting: Any, opening: Future[None], controller: Any, console: Co
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("starting", total=None)
         while starting is not None or not opening.done():
+            if opening.done():
+                opening.result()  # if it failed, nobody need wait for the weights
             starting = _still_starting(starting, controller)
             seen = remote.ask_again(controller.progress.remote)
             total = seen.total_bytes or None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -11,12 +12,22 @@ from pathlib import Path
 from ..errors import OperatorError
 from .config import check_token
 
+_log = logging.getLogger(__name__)
 VARIABLE = "CONCERTINA_TOKEN"
 
 
 def token_file(deployment: str) -> Path:
-    """The file of a deployment's token."""
-    return Path.home() / ".concertina" / "tokens" / deployment
+    """The file of a deployment's token.
+
+    Raises
+    ------
+    OperatorError
+        This user has no home directory.
+    """
+    try:
+        return Path.home() / ".concertina" / "tokens" / deployment
+    except RuntimeError as e:
+        raise OperatorError(f"token: this user has no home directory where it could be kept; give {VARIABLE}") from e
 
 
 def find_token(deployment: str, given: str | None = None) -> str:
@@ -45,23 +56,28 @@ def _read(deployment: str) -> str:
 
 
 @contextlib.contextmanager
-def kept_token(deployment: str, token: str) -> Iterator[Path]:
+def kept_token(deployment: str, token: str, *, needed: bool = True) -> Iterator[None]:
     """Keep the token in its file, readable by this user only, until the end of the block.
 
     Raises
     ------
     OperatorError
-        The file cannot be written.
+        The file cannot be written, and is ``needed``: nobody was given the token.
     """
-    path = token_file(deployment)
+    path: Path | None = None
     try:
+        path = token_file(deployment)
         _write(path, token)
-    except OSError as e:
-        raise OperatorError(f"token: {path} cannot be written: {e.strerror}") from e
+    except (OSError, OperatorError) as e:
+        error = e if isinstance(e, OperatorError) else OperatorError(f"token: {path} cannot be written: {e.strerror}")
+        if needed:
+            raise error from e
+        _log.warning("%s; commands here must be given it", error)
     try:
-        yield path
+        yield
     finally:
-        _remove(path, token)
+        if path is not None:
+            _remove(path, token)
 
 
 def _write(path: Path, token: str) -> None:

@@ -35,6 +35,7 @@ _COMING_S = 0.002  # what sequences need to come to a worker at least
 _LONG_STEP_S = 0.4  # a longer step counts as one of this length where others wait for a part of it
 
 _Content = tuple[bytes, tuple[int, ...]]
+_Beginning = tuple[str, int]
 
 
 class _Known(NamedTuple):
@@ -47,6 +48,11 @@ class _Known(NamedTuple):
     @property
     def version(self) -> tuple[int, _Content]:
         return self.changes, _content(self.record)
+
+
+def beginning(source: KVSource) -> _Beginning:
+    """The pool and the first page: no other device's KV begins there."""
+    return source.pool.name, source.pages[0] if source.pages else -1
 
 
 def adopt(
@@ -120,11 +126,12 @@ class Inheritance:
 
     def __init__(self, kv: DeviceKV, sources: Sequence[KVSource], go_on: Callable[[KVSource], bool]) -> None:
         self._kv, self._go_on = kv, go_on
-        self._near = [kv.grouped(source.pages) for source in sources if kv.shares_pool(source.pool.address)]
+        near = [source for source in sources if kv.shares_pool(source.pool.address)]
+        self._near = [(beginning(source), kv.grouped(source.pages)) for source in near]
         self._far = [source for source in sources if not kv.shares_pool(source.pool.address)]
         self._readers: list[tuple[KVSource, PageReader]] = []
         self._found: dict[_Content, int] = {}  # where full blocks lie in this device's pool; they may have gone since
-        self._kept: dict[int, BlockRecord] = {}  # those of them that sequences will find
+        self._kept: dict[_Beginning, dict[int, BlockRecord]] = {}  # by source: what its sequences will find here
         self.due = 0
 
     @contextmanager
@@ -153,12 +160,15 @@ class Inheritance:
         kv = self._kv
         self.due = engine.submitted_before  # those that have come already, faster than this, count as well
         try:
-            for groups in self._near:
+            for begins, groups in self._near:
                 used = [group for group in groups if kv.ledger.used(group[0])]
-                self.due += kv.ends(_map(engine, kv, used[:AT_SWITCH_BLOCKS], kv.positions))
+                mapped = _map(engine, kv, used[:AT_SWITCH_BLOCKS], kv.positions)
+                self._kept[begins] = mapped
+                self.due += kv.ends(mapped.values())
             until_s = time.monotonic() + _READ_S
             for source, reader in self._readers:
-                self._take_far(engine, source, reader, until_s)
+                if time.monotonic() < until_s:
+                    self._take_far(engine, source, reader, until_s)
         except (ConcertinaError, OSError) as e:
             _log.warning("KV of a device that left is not taken over at the switch: %s", e)
         self.close()
@@ -174,6 +184,7 @@ class Inheritance:
                 return
             batch, rest = rest[len(rest) - len(blocks) :], rest[: len(rest) - len(blocks)]
             _fill(engine, self._kv, reader, blocks, batch)
+            self._keep(source, blocks, batch)
 
     def close(self) -> None:
         readers, self._readers = self._readers, []
@@ -209,35 +220,39 @@ class Inheritance:
         full = [known for known in self._missing(source, reader) if len(known.record.tokens) == kv.block_tokens]
         room = max(0, self._room(engine) - _BATCH_BLOCKS)  # sequences here grow meanwhile
         full = full[max(0, len(full) - room) :]
-        scarce = room < 4 * _AHEAD_BATCH_BLOCKS
+        scarce = room - len(full) < 4 * _AHEAD_BATCH_BLOCKS
         most = _BATCH_BLOCKS if scarce else _AHEAD_BATCH_BLOCKS
         while len(full) > tolerated and self._go_on(source):
             blocks = engine.reserve(min(len(full), most))
             if not blocks:
-                return
+                break
             at = len(full) - len(blocks)
             batch, full = full[at:], full[:at]  # beginnings first: ends need them
-            pages = [kv.page_of(block) for block in blocks]
             _fill(engine, kv, reader, blocks, batch, lambda: _read_records(kv, source, reader, running=True))
-            self._found.update((_content(known.record), page) for known, page in zip(batch, pages, strict=True))
-            self._kept.update((page, known.record) for known, page in zip(batch, pages, strict=True))
+            self._keep(source, blocks, batch)
         if scarce:  # what goes first then must not be what the rest needs
-            order = sorted(self._kept, key=lambda page: self._kept[page].eviction_rank)
-            engine.touch(kv.blocks_at(order))
+            kept = self._kept[beginning(source)]
+            engine.touch(kv.blocks_at(sorted(kept, key=lambda page: kept[page].eviction_rank)))
+
+    def _keep(self, source: KVSource, blocks: Sequence[int], batch: Sequence[_Known]) -> None:
+        records = {self._kv.page_of(block): known.record for block, known in zip(blocks, batch, strict=True)}
+        self._kept[beginning(source)].update(records)
+        self._found.update((_content(record), page) for page, record in records.items())
 
     def _room(self, engine: Engine) -> int:
         """Blocks that may be copied before they take the place of some that sequences will find."""
         load, ledger = engine.load, self._kv.ledger
-        kept = sum(not ledger.used(page) for page in self._kept)
+        kept = sum(not ledger.used(page) for pages in self._kept.values() for page in pages)
         return max(0, load.kv_blocks - load.kv_blocks_used - kept)
 
     def _missing(self, source: KVSource, reader: PageReader) -> list[_Known]:
         """Blocks of running sequences that are not here, the ends of sequences first."""
-        missing = []
+        missing: list[_Known] = []
+        kept = self._kept[beginning(source)] = {}
         for known in _read_records(self._kv, source, reader, running=True):
             page = self._found.get(_content(known.record))
             if page is not None and self._holds(page, known.record):
-                self._kept[page] = known.record
+                kept[page] = known.record
             else:
                 missing.append(known)
         return sorted(missing, key=lambda known: known.record.eviction_rank)
@@ -247,13 +262,13 @@ class Inheritance:
         return found is not None and _content(found) == _content(record)
 
 
-def _map(engine: Engine, kv: DeviceKV, groups: Sequence[tuple[int, ...]], blocks: int) -> list[BlockRecord]:
-    """Map what the ledger knows of these blocks; what that is."""
+def _map(engine: Engine, kv: DeviceKV, groups: Sequence[tuple[int, ...]], blocks: int) -> dict[int, BlockRecord]:
+    """Map what the ledger knows of these blocks; what that is, by their pages."""
     read = ((group, kv.ledger.read(group[0])) for group in groups)
     known = [(group, record) for group, record in read if record is not None]
     mapped = kv.map([page for group, _ in known for page in group])
-    records = [record for _, record in known]
-    kv.unmap(engine.adopt(list(zip(mapped, records, strict=True)), blocks))
+    records = {group[0]: record for group, record in known}
+    kv.unmap(engine.adopt(list(zip(mapped, records.values(), strict=True)), blocks))
     return records
 
 

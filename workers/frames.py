@@ -109,6 +109,8 @@ def check_hello(message: Message | None, token: str) -> None:
 def keep_alive(sock: socket.socket) -> None:
     """Let the kernel notice within half a minute that the other machine is gone."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
+    # The last in milliseconds: while something is on its way, the kernel asks nothing and sends it again for minutes.
+    options = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 30_000))
+    for option, value in options:
         if hasattr(socket, option):  # named differently or absent outside Linux
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

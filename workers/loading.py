@@ -95,12 +95,16 @@ def load_pieces(pieces: Sequence[Piece], segments: Segments, progress: Progress 
 def _opened(path: str, identity: FileIdentity) -> Iterator[int]:
     """The file, if it is the one that is meant, also when all has been read: it may be overwritten meanwhile."""
     try:
-        with open(path, "rb") as file:
+        file = open(path, "rb")  # noqa: SIM115 - closed below
+    except OSError as e:
+        raise OperatorError(f"{path}: cannot be read: {e.strerror}") from e
+    with file:
+        try:
             _check_same(path, file.fileno(), identity)
             yield file.fileno()
             _check_same(path, file.fileno(), identity)
-    except OSError as e:
-        raise OperatorError(f"{path}: cannot be read: {e.strerror}") from e
+        except OSError as e:  # of a disk or a file server, perhaps only now
+            raise InternalError(f"{path}: cannot be read: {e.strerror}") from e
 
 
 def _check_same(path: str, fd: int, identity: FileIdentity) -> None:

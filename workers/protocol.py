@@ -55,13 +55,15 @@ class EngineRequest:
     """A sequence to be continued. ``prompt`` holds token ids; ``id`` is unique within a connection.
 
     ``resumed``: another worker had it, or sent it on as it left, so that it is not refused for lack of room in the
-    queue, and comes before those that have never been computed.
+    queue, and comes before those that have never been computed. ``admitted``: it belongs to what has begun, so that it
+    is not refused for lack of room either, but waits its turn.
     """
 
     id: str
     prompt: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     resumed: bool = False
+    admitted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +105,15 @@ class EngineLoad:
 
 def request_to_wire(request: EngineRequest) -> dict[str, Any]:
     sampling = asdict(request.sampling)
-    return {"id": request.id, "prompt": request.prompt, "sampling": sampling, "resumed": request.resumed}
+    flags = {"resumed": request.resumed, "admitted": request.admitted}
+    return {"id": request.id, "prompt": request.prompt, "sampling": sampling, **flags}
 
 
 def request_from_wire(data: dict[str, Any]) -> EngineRequest:
     sampling = dict(data["sampling"])
     sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
-    return EngineRequest(data["id"], tuple(data["prompt"]), SamplingParams(**sampling), bool(data["resumed"]))
+    flags = bool(data["resumed"]), bool(data["admitted"])
+    return EngineRequest(data["id"], tuple(data["prompt"]), SamplingParams(**sampling), *flags)
 
 
 def output_to_wire(output: EngineOutput) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class WorkerReport:
     load, stats
         The engine's, also while it stands still.
     counts_LE : tuple of tuple of int
-        (token, expert) pairs that it has routed in this generation, by MoE layer and expert.
+        (token, expert) pairs that it has routed in the generation ``counted``, by MoE layer and expert.
     parked : str
         Why its engine has stopped and waits for another generation; empty unless a peer was lost.
     retired : int
@@ -81,6 +81,7 @@ class WorkerReport:
     load: EngineLoad = field(default_factory=EngineLoad)
     stats: EngineStats = field(default_factory=EngineStats)
     counts_LE: tuple[tuple[int, ...], ...] = ()
+    counted: int = 0
     parked: str = ""
     retired: int = 0
     device: str = ""

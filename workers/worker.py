@@ -18,7 +18,7 @@ from math import inf
 import torch
 
 from ..errors import InternalError
-from .adoption import Inheritance, adopt
+from .adoption import Inheritance, adopt, beginning
 from .background import Throttle, in_background
 from .device_kv import DeviceKV
 from .generation import Assignment, KVSource
@@ -52,7 +52,7 @@ class Worker:
         self._joining: dict[int, tuple[Assignment, Mapping[str, MemfdPool]]] = {}
         self._abandoned: set[int] = set()
         self._service: Service | None = None
-        self._copy_until_s: dict[tuple[str, int], float] = {}  # KV of others, as `_beginning` tells them apart
+        self._copy_until_s: dict[tuple[str, int], float] = {}  # KV of others, as `beginning` tells them apart
         self._lent: dict[str, PoolServer] = {}
         self._stopped = False
         self._serials = itertools.count(1)
@@ -194,7 +194,7 @@ class Worker:
             return isinstance(service.state, Running) and self._may_copy(source)
 
         def hurried() -> bool:
-            return self._copy_until_s[_beginning(source)] < inf
+            return self._copy_until_s[beginning(source)] < inf
 
         self.limit_kv(source, limit_s)
         with self._adopting:
@@ -203,10 +203,10 @@ class Worker:
 
     def limit_kv(self, source: KVSource, limit_s: float | None) -> None:
         """Have `adopt_kv` and `prepare`, if they copy from that source, do so for ``limit_s`` from now on."""
-        self._copy_until_s[_beginning(source)] = inf if limit_s is None else time.monotonic() + limit_s
+        self._copy_until_s[beginning(source)] = inf if limit_s is None else time.monotonic() + limit_s
 
     def _may_copy(self, source: KVSource) -> bool:
-        return time.monotonic() < self._copy_until_s[_beginning(source)]
+        return time.monotonic() < self._copy_until_s[beginning(source)]
 
     def release(self, moved_to: str) -> None:
         """Tell a retired worker's clients to go on at the device ``moved_to`` (empty: any), and be idle again.
@@ -260,8 +260,10 @@ class Worker:
         if service is None:
             return report
         engine, address = service.engine, (self.config.host, service.frontend.port)
-        counts = tuple(map(tuple, service.part.experts.counts_LE.tolist()))
-        return replace(report, load=engine.load, stats=engine.stats, counts_LE=counts, address=address)
+        part = service.part  # once: with the counts of another generation than ``counted`` they would not add up
+        counts = tuple(map(tuple, part.experts.counts_LE.tolist()))
+        report = replace(report, counts_LE=counts, counted=part.generation)
+        return replace(report, load=engine.load, stats=engine.stats, address=address)
 
     def step_ends_s(self, since_s: float) -> list[float]:
         """When the engine's steps since a moment of the node's monotonic clock ended; a bounded number of them."""
@@ -317,13 +319,13 @@ class Worker:
         def abandoned() -> bool:
             return assignment.generation.id in self._abandoned
 
+        for source in assignment.inherits:
+            self.limit_kv(source, source.limit_s)
         pools = fetch_pools(assignment)
         with self._changed:  # before a page is mapped: who maps something of a pool must be able to lend it
             self._joining[assignment.generation.id] = assignment, pools
         if service is None or kv is None:
             return in_background(lambda: join(assignment, pools, self._kv_for, abandoned))
-        for source in assignment.inherits:
-            self.limit_kv(source, source.limit_s)
         inheritance = Inheritance(kv, assignment.inherits, lambda source: not abandoned() and self._may_copy(source))
         with inheritance.copying_ahead(service.engine):
             part = join(assignment, pools, self._kv_for, abandoned, Throttle(service.engine.step_s), cold=False)
@@ -391,8 +393,3 @@ class Worker:
                 if extents.name == name and name in pools:
                     return pools[name], extents.token
         return None
-
-
-def _beginning(source: KVSource) -> tuple[str, int]:
-    """The pool and the first page: no other device's KV begins there."""
-    return source.pool.name, source.pages[0] if source.pages else -1

@@ -38,7 +38,7 @@ class SecondsType(click.ParamType[float]):
 class Target:
     """Which deployment, and how to talk about it.
 
-    ``wait`` None waits on a terminal only; ``timeout_s`` None waits for ever.
+    ``wait`` None waits on a terminal, or where there is a ``timeout_s``, only; ``timeout_s`` None waits for ever.
     """
 
     name: str
@@ -62,7 +62,7 @@ _TARGET_OPTIONS = (
 )
 _WAIT_OPTIONS = (
     click.option("--wait/--no-wait", default=None, help="Wait for the end.  [default: wait on a terminal]"),
-    click.option("--timeout", "timeout_s", type=SecondsType(), help="Wait so long at most, e.g. 90s."),
+    click.option("--timeout", "timeout_s", type=SecondsType(), help="Wait, so long at most, e.g. 90s."),
 )
 
 
@@ -92,7 +92,7 @@ def follow(target: Target, deployment: Deployment, status: OperationStatus) -> N
     OperatorError
         It failed, was canceled or superseded, or did not end in time.
     """
-    waits = target.wait if target.wait is not None else sys.stdout.isatty()
+    waits = target.wait if target.wait is not None else target.timeout_s is not None or sys.stdout.isatty()
     if waits and status.state == "running":
         status = _watched(target, deployment, status)
     if target.as_json:

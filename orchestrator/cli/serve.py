@@ -245,4 +245,4 @@ def command(checkpoint: str, address: str | None, verbose: bool, **options: Any)
             "--emulated-step-ms %g: step times and throughput are emulated and say nothing of this machine",
             config.engine.emulated_step_ms,
         )
-    serve_until_stopped(config, address, verbose)
+    serve_until_stopped(config, address, verbose, token_given=bool(options["token"]))

@@ -50,8 +50,7 @@ class Continuation:
             min_tokens=max(0, self._request.sampling.min_tokens - done),
         )
         name = f"{self._request.id}.{self._attempts}"
-        # Not where it has only met full queues.
-        resumed = self._request.resumed or bool(done) or self.interrupted_at_s is not None
+        resumed = bool(done) or self.interrupted_at_s is not None  # not where it has only met full queues
         return replace(self._request, id=name, prompt=self.tokens, sampling=sampling, resumed=resumed)
 
     def note(self, output: EngineOutput) -> EngineOutput | None:

@@ -16,6 +16,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from ...errors import InternalError
+from ..durable import Durable
 from ..status import MemberList
 from .app import create_app
 from .first_replica import FirstReplica
@@ -76,8 +77,9 @@ class Lifeline:
 
     Parameters
     ----------
-    actor, namespace : str
-        Gone for good once Ray does not know it any more (an actor that restarts is known).
+    actor, namespace, actor_id : str
+        Gone for good once Ray does not know it any more. An actor that restarts keeps its id; another one of its name
+        has an application of its own.
     application : str
         What to delete then.
     with_serve : bool
@@ -86,30 +88,39 @@ class Lifeline:
 
     actor: str
     namespace: str
+    actor_id: str
     application: str
     with_serve: bool
     every_s: float = 2.0
 
     def watch(self) -> None:
         """Return never, or after the end; for a thread of its own."""
-        while self._alive() or self._alive():  # asked twice: one answer may be late
+        while self._find() == self.actor_id or self._find_later() == self.actor_id:  # one answer may be late
             time.sleep(self.every_s)
+        if self._find() is not None:  # it takes the application over by running it
+            _log.warning("actor %r is another one now: application %r is its", self.actor, self.application)
+            return
         _log.warning("actor %r is gone: deleting application %r", self.actor, self.application)
+        Durable(self.application).clear()
         others = set(serve.status().applications) - {self.application}
         if self.with_serve and not others:
             serve.shutdown()
         else:
             serve.delete(self.application, _blocking=False)
 
-    def _alive(self) -> bool:
+    def _find_later(self) -> str | None:
+        time.sleep(self.every_s)
+        return self._find()
+
+    def _find(self) -> str | None:
+        """The id of the actor of that name; the one that is meant if nobody can say."""
         try:
-            ray.get_actor(self.actor, self.namespace)
+            return str(ray.get_actor(self.actor, self.namespace)._actor_id.hex())
         except ValueError:
-            time.sleep(self.every_s)
-            return False
-        except ray.exceptions.RayError as e:  # nobody could say
+            return None
+        except ray.exceptions.RayError as e:
             _log.warning("whether actor %r lives is not known: %s", self.actor, e)
-        return True
+            return self.actor_id
 
 
 class Ingress:
@@ -157,6 +168,8 @@ def build_ingress(
         ray_actor_options={"num_cpus": 0},
         logging_config=LoggingConfig(enable_access_log=False),
     )
-    deployment = deployment.options(version="1", _internal=True)  # else Serve would take every run for new code
+    # Else Serve would take every run for new code; for it, that of another deployment must be.
+    version = lifeline.actor_id if lifeline is not None else "1"
+    deployment = deployment.options(version=version, _internal=True)
     application: serve.Application = deployment.bind(settings, source, lifeline)
     return application

@@ -146,7 +146,7 @@ class Generation:
         prompt, choice = divmod(index, self._job.n)
         sampling = self._job.sampling_of(choice)
         # A further choice is part of what has begun: no queue that filled up meanwhile refuses it.
-        return EngineRequest(f"{self._id}-{index}", self._job.prompts[prompt], sampling, resumed=choice > 0)
+        return EngineRequest(f"{self._id}-{index}", self._job.prompts[prompt], sampling, admitted=choice > 0)
 
     def _choice(self, index: int, tokenizer: Tokenizer) -> Choice:
         prompt = index // self._job.n

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 BLOCK = 64  # tokens
@@ -11,10 +11,11 @@ BLOCK = 64  # tokens
 
 @dataclass(slots=True)
 class _Cache:
-    """What a device computes until it leaves; ``heir`` has it then. A device that comes again begins another one."""
+    """What a device computes until it leaves; ``heir`` has it then, or nobody. One that comes again begins another."""
 
     device: str
     heir: _Cache | None = None
+    lost: bool = False
 
 
 class PrefixMemory:
@@ -46,6 +47,11 @@ class PrefixMemory:
         if device != heir and (left := self._caches.pop(device, None)):
             left.heir = self._cache(heir)
 
+    def forget_others(self, devices: Set[str]) -> None:
+        """Nobody has what devices other than these had."""
+        for device in self._caches.keys() - devices:
+            self._caches.pop(device).lost = True
+
     def longest(self, tokens: Sequence[int]) -> dict[str, int]:
         """For each device that has a prefix of ``tokens``, the length in tokens of the longest one."""
         found: dict[str, int] = {}
@@ -55,6 +61,8 @@ class PrefixMemory:
                 break
             while cache.heir is not None:
                 cache = self._found[key] = cache.heir
+            if cache.lost:
+                break
             found[cache.device] = (i + 1) * BLOCK
         return found
 

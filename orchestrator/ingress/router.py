@@ -110,6 +110,7 @@ class Router:
             self._prefixes.inherit(device, heir)
         self._heirs = frozenset(heirs.items())
         self._lanes.update(members, awaited, heirs)
+        self._prefixes.forget_others({*awaited, *heirs, *heirs.values(), *(member.device for member in members)})
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """Outputs of a sequence up to its end, whatever workers come and go meanwhile.

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from ...workers.engine.errors import QueueFull
 from .account import Account, Queue
 from .answer import Endpoint
-from .api_errors import ApiError
+from .api_errors import ApiError, invalid
 from .event_stream import unless_gone
 from .failures import CLIENT_GONE, FAILURES, api_error
 from .intake import read_json
@@ -79,7 +79,9 @@ class Service:
         self.check_model(body.text("model"))
         most = self.settings.max_waiting * self.router.workers
         job = await endpoint.read(body, self.tokenizer, self.settings.max_model_len, most)
-        waiting = self.queue.waiting
-        if waiting + len(job.prompts) > most:
+        waiting, sequences = self.queue.waiting, len(job.prompts) * job.n
+        if sequences > most:
+            raise invalid(f"n: {sequences} sequences of all prompts: expected at most {most}", "n", "invalid_value")
+        if waiting + sequences > most:
             raise QueueFull(f"{waiting} sequences are waiting already, of at most {most}")
         return job

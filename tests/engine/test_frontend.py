@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -391,6 +392,18 @@ def test_who_says_nothing_or_reads_nothing_is_hung_up_on() -> None:
         run(main())
 
 
+def test_a_machine_that_vanishes_is_noticed_within_half_a_minute() -> None:
+    """Whether the kernel waits for something new from it, or for its word on what was sent."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as sock:
+        frames.keep_alive(sock)
+        idle, every, count = (
+            sock.getsockopt(socket.IPPROTO_TCP, option)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        )
+        assert idle + every * count <= 30
+        assert 0 < sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) <= 30_000
+
+
 def test_closing_does_not_wait_for_who_does_not_read() -> None:
     """A worker is released when its frontend is closed, and a hand-over, even a recovery, waits for that."""
 
@@ -419,7 +432,7 @@ def test_an_address_in_use_is_an_operators_error() -> None:
 
 def test_wire_forms_come_back_unchanged() -> None:
     sampling = SamplingParams(stop_token_ids=(3, 4), seed=2**64 - 1, logprobs=2, min_p=0.5)
-    r = EngineRequest("x", (1, 2), sampling, resumed=True)
+    r = EngineRequest("x", (1, 2), sampling, resumed=True, admitted=True)
     assert request_from_wire(frames.unpack(frames.pack({"op": "", "r": request_to_wire(r)})[4:])["r"]) == r
     logprobs = (TokenLogprob(-0.5, ((1, -0.5), (2, -3.0))), TokenLogprob(-1.0))
     for o in (

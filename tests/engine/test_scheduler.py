@@ -48,10 +48,11 @@ class Machine(RuleBasedStateMachine):
         prompt=st.lists(st.integers(0, 2), min_size=1, max_size=18),
         max_tokens=st.integers(1, 8),
         resumed=st.booleans(),
+        admitted=st.booleans(),
     )
-    def submit(self, prompt: list[int], max_tokens: int, resumed: bool) -> None:
+    def submit(self, prompt: list[int], max_tokens: int, resumed: bool, admitted: bool) -> None:
         seq = sequence(f"r{self.count}", prompt, max_tokens)
-        seq.resumed = resumed
+        seq.resumed, seq.admitted = resumed, admitted
         self.count += 1
         total = len(prompt) + max_tokens
         try:
@@ -60,6 +61,7 @@ class Machine(RuleBasedStateMachine):
             assert total > 16 or -(-(total - 1) // SIZE) > self.scheduler.blocks.capacity
         except QueueFull:
             assert not resumed
+            assert not admitted
             assert len(self.live) >= self.config.max_running + self.config.max_waiting
         else:
             assert total <= 16

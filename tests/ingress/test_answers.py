@@ -233,7 +233,8 @@ def test_further_choices_follow_the_first_token(serve: Serve) -> None:
     seeds = [r.sampling.seed for r in worker.requests]
     assert seeds[0] == 5
     assert len(set(seeds)) == 3
-    assert [r.resumed for r in worker.requests] == [False, True, True]  # so that no full queue refuses them
+    assert [r.admitted for r in worker.requests] == [False, True, True]  # so that no full queue refuses them
+    assert not any(r.resumed for r in worker.requests)  # and no one else's request waits for them
 
 
 def test_many_prompts_do_not_hold_the_streams_up(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

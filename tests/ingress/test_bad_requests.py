@@ -76,6 +76,7 @@ COMPLETION_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"seed": "x"}, "seed", "'x'"),
     ({"n": 0}, "n", "from 1 to 128"),
     ({"n": 129}, "n", "from 1 to 128"),
+    ({"n": 2, "prompt": ["a", "b"]}, "n", "4 sequences of all prompts: expected at most 3"),
     ({"stop": ["a"] * 17}, "stop", "up to 16"),
     ({"stop": [""]}, "stop", "up to 16"),
     ({"stop": 5}, "stop", "5"),

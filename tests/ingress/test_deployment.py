@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -72,7 +73,7 @@ def port(checkpoint: Path, engines: list[ToyEngine]) -> Iterator[int]:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         settings = IngressSettings(("toy",), str(checkpoint), 100_000, worker_wait_s=20)
         source = ActorMembers("controller", "test", "secret")
-        lifeline = Lifeline("controller", "test", "toy", True, every_s=0.05)
+        lifeline = Lifeline("controller", "test", controller._actor_id.hex(), "toy", True, every_s=0.05)
         serve.run(build_ingress(settings, source, lifeline=lifeline), name="toy", route_prefix="/")
         yield port
         ray.kill(controller)
@@ -88,11 +89,33 @@ def test_no_answer_of_the_cluster_does_not_end_an_endpoint(monkeypatch: pytest.M
     def unknown(*_: object) -> None:
         raise ray.exceptions.RpcError("the cluster gives no answer")
 
-    lifeline = Lifeline("controller", "test", "toy", False, every_s=0.0)
+    lifeline = Lifeline("controller", "test", "its id", "toy", False, every_s=0.0)
     monkeypatch.setattr(ray, "get_actor", unknown)
-    assert lifeline._alive()
+    assert lifeline._find() == "its id"
     monkeypatch.setattr(ray, "get_actor", lambda *_: (_ for _ in ()).throw(ValueError("no such actor")))
-    assert not lifeline._alive()
+    assert lifeline._find() is None
+
+
+@pytest.mark.parametrize(("then", "deleted"), [("", True), ("another's id", False)])
+def test_an_endpoint_whose_controller_is_another_one_is_that_ones(
+    monkeypatch: pytest.MonkeyPatch, then: str, deleted: bool
+) -> None:
+    """What serves next under its name runs the application anew; nobody else may delete it."""
+    from concertina.orchestrator.ingress import deployment
+    from concertina.orchestrator.ingress.deployment import Lifeline
+    from ray import serve
+
+    answers = iter(["its id", "", "its id", "", "", then])  # one that is late, then the end
+    gone: list[str] = []
+    monkeypatch.setattr(Lifeline, "_find", lambda self: next(answers) or None)
+    monkeypatch.setattr(
+        deployment, "Durable", lambda name: SimpleNamespace(clear=lambda: gone.append(f"state of {name}"))
+    )
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications={"toy": 0, "another": 0}))
+    monkeypatch.setattr(serve, "shutdown", lambda: pytest.fail("another application runs there"))
+    monkeypatch.setattr(serve, "delete", lambda name, _blocking: gone.append(name))
+    Lifeline("controller", "test", "its id", "toy", True, every_s=0.0).watch()
+    assert gone == (["state of toy", "toy"] if deleted else [])
 
 
 def test_serve(port: int, engines: list[ToyEngine]) -> None:

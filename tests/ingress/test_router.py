@@ -587,6 +587,17 @@ def test_prefix_memory_of_a_device_that_comes_again() -> None:
     assert memory.longest([1] * BLOCK) == memory.longest([2] * BLOCK) == {"c": BLOCK}
 
 
+def test_prefix_memory_of_a_device_that_left_without_an_heir() -> None:
+    memory = PrefixMemory()
+    memory.remember([1] * BLOCK, "a")
+    memory.remember([2] * BLOCK, "b")
+    memory.forget_others({"b"})
+    memory.remember([3] * BLOCK, "a")
+    assert memory.longest([1] * BLOCK) == {}
+    assert memory.longest([2] * BLOCK) == {"b": BLOCK}
+    assert memory.longest([3] * BLOCK) == {"a": BLOCK}
+
+
 @given(st.lists(st.integers(0, 3), max_size=4 * BLOCK), st.lists(st.integers(0, 3), max_size=4 * BLOCK))
 def test_prefix_memory(first: list[int], second: list[int]) -> None:
     memory = PrefixMemory()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,7 +33,8 @@ class Clock:
 
 def report(name: str, counts: np.ndarray, steps: int, serving: int = 1) -> WorkerReport:
     pairs = tuple(tuple(int(n) for n in row) for row in counts)
-    return WorkerReport(name, 1, frozenset(), serving, "", stats=EngineStats(steps=steps), counts_LE=pairs)
+    stats = EngineStats(steps=steps)
+    return WorkerReport(name, 1, frozenset(), serving, "", stats=stats, counts_LE=pairs, counted=serving)
 
 
 @given(st.lists(st.tuples(st.floats(0, 1000), st.integers(0, 500)), max_size=20))
@@ -69,6 +71,9 @@ def test_differences_are_counted_once_and_a_new_generation_from_zero():
     assert balancer.window.steps == 10
     balancer.observe({"w0": report("w0", ones * 3, 120, serving=2), "w1": report("w1", ones * 0, 120, serving=2)})
     assert balancer.window.pairs_LE.sum() == 16 * 38
+    left = replace(report("w1", ones * 1, 121, serving=2), serving=0, retired=3)
+    balancer.observe({"w0": report("w0", ones * 4, 121, serving=2), "w1": left})
+    assert balancer.window.pairs_LE.sum() == 16 * 40, "one that has left still tells what it had counted"
 
 
 def test_what_was_counted_before_a_restart_of_the_controller_is_left_out():

@@ -62,15 +62,18 @@ def test_an_expected_error_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_options_become_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr("concertina.orchestrator.serving.serve_until_stopped", lambda *args: seen.append(args))
+    monkeypatch.setattr(
+        "concertina.orchestrator.serving.serve_until_stopped",
+        lambda *args, **more: seen.append((*args, *more.values())),
+    )
     options = "--workers 3 --device-memory 1GiB --exchange gloo --max-model-len 99 --no-prefix-caching --port 81"
     keys = "--api-key a --api-key b --served-model-name m --threads 2 --address local --ingress-replicas 3"
     elastic = f"--memory separate --reserve-memory --standbys 2 --hang-timeout 5 --start-timeout 9 --token {'t' * 16}"
     given = [*options.split(), *keys.split(), *elastic.split(), "--emulated-step-ms", "12.5"]
     done = CliRunner().invoke(serve.command, ["here", *given])
     assert done.exit_code == 0, done.output
-    ((config, address, verbose),) = seen
-    assert (address, verbose) == ("local", False)
+    ((config, address, verbose, token_given),) = seen
+    assert (address, verbose, token_given) == ("local", False, True)
     assert (config.checkpoint, config.workers, config.exchange) == ("here", 3, "gloo")
     assert config.device_memory_bytes == 1 << 30
     assert (config.engine.max_model_len, config.engine.threads, config.engine.prefix_caching) == (99, 2, False)
@@ -88,13 +91,15 @@ def test_options_become_the_configuration(monkeypatch: pytest.MonkeyPatch) -> No
 def test_serve_says_that_step_times_are_emulated(
     options: list[str], said: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("concertina.orchestrator.serving.serve_until_stopped", lambda *args: None)
+    monkeypatch.setattr("concertina.orchestrator.serving.serve_until_stopped", lambda *args, **_: None)
     assert CliRunner().invoke(serve.command, ["here", *options]).exit_code == 0
     assert ("--emulated-step-ms 15: step times and throughput are emulated" in caplog.text) == said
 
 
 def test_serve_refuses_emulated_steps_of_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("concertina.orchestrator.serving.serve_until_stopped", lambda *args: pytest.fail("it serves"))
+    monkeypatch.setattr(
+        "concertina.orchestrator.serving.serve_until_stopped", lambda *args, **_: pytest.fail("it serves")
+    )
     done = CliRunner().invoke(serve.command, ["here", "--emulated-step-ms=-3"])
     assert isinstance(done.exception, OperatorError)
     assert "emulated-step-ms: -3.0; expected a finite number of milliseconds, 0 or more" in str(done.exception)
@@ -102,7 +107,7 @@ def test_serve_refuses_emulated_steps_of_no_time(monkeypatch: pytest.MonkeyPatch
 
 def test_without_a_token_it_makes_one(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr("concertina.orchestrator.serving.serve_until_stopped", lambda *args: seen.append(args[0]))
+    monkeypatch.setattr("concertina.orchestrator.serving.serve_until_stopped", lambda *args, **_: seen.append(args[0]))
     monkeypatch.delenv("CONCERTINA_TOKEN", raising=False)
     assert CliRunner().invoke(serve.command, ["here"]).exit_code == 0
     monkeypatch.setenv("CONCERTINA_TOKEN", "e" * 20)

@@ -18,6 +18,7 @@ from concertina.orchestrator.placing import Site
 from concertina.orchestrator.planfiles import read_cluster
 from concertina.orchestrator.preview import preview
 from concertina.orchestrator.resize import drained, placed, resized, route
+from concertina.orchestrator.seating import first_seats
 from concertina.planners.cluster import Device
 from concertina.workers.engine.stats import EngineStats
 from concertina.workers.roles import WorkerReport
@@ -153,6 +154,14 @@ def test_a_device_whose_node_is_not_there_is_refused() -> None:
     planned_for = context(fleet=(fast("a"), slow("b", node="elsewhere")), experts=4)
     with pytest.raises(OperatorError, match=r"lists 2 devices; on nodes that are not alive: b \(elsewhere\)"):
         resized(layout_of(planned_for, 1), 2, planned_for)
+
+
+def test_a_deployment_does_not_start_on_other_devices_than_the_file_says() -> None:
+    fleet = (fast("a"), slow("b", node="elsewhere"), slow("c"))
+    planned_for = context(fleet=fleet, experts=4, workers=2)
+    with pytest.raises(OperatorError, match="device b: its node 'elsewhere' is not alive; alive: node-a"):
+        first_seats(planned_for)
+    assert [s.device for s in first_seats(context(fleet=fleet[::2], experts=4, workers=2))] == ["a", "c"]
 
 
 def test_devices_of_nodes_that_left_are_passed_over() -> None:

@@ -26,7 +26,8 @@ def mode(path: Path) -> int:
 def test_serve_keeps_it_for_this_user_and_takes_it_away() -> None:
     before = os.umask(0)
     try:
-        with kept_token("mine", TOKEN) as path:
+        path = token_file("mine")
+        with kept_token("mine", TOKEN):
             assert path == token_file("mine")
             assert (mode(path), mode(path.parent)) == (0o600, 0o700)
             assert find_token("mine") == TOKEN
@@ -71,8 +72,24 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         pytest.fail("not reached")
 
 
+@pytest.mark.parametrize("homeless", [False, True])
+def test_a_token_that_was_given_needs_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, homeless: bool
+) -> None:
+    """A container may have no place for it."""
+    if homeless:
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    else:
+        (tmp_path / ".concertina").write_text("a file where the directory should be")
+    with kept_token("mine", TOKEN, needed=False):
+        assert "token: " in caplog.text
+    with pytest.raises(OperatorError, match="token: "), kept_token("mine", TOKEN):
+        pytest.fail("not reached")
+
+
 def test_the_file_of_another_deployment_of_that_name_stays() -> None:
-    with kept_token("mine", TOKEN) as path:
+    path = token_file("mine")
+    with kept_token("mine", TOKEN):
         path.write_text(OTHER)
     assert path.read_text() == OTHER
 

@@ -59,7 +59,8 @@ def test_a_killed_or_hung_controller_goes_on_where_it_was(tmp_path: Path) -> Non
             assert [w["pid"] for w in after["workers"]] == [w["pid"] for w in before["workers"]]
             assert client.completions.create(**asked, max_tokens=150).choices[0].text == whole.choices[0].text
         traces = server.traces()
-        server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(signal.SIGTERM)  # as a supervisor ends it
         assert server.process.wait(GONE_S) == 0, server.stderr
+        assert "concertina: stopped" in server.stderr
         assert "Traceback" not in server.stderr
         wait_for(lambda: not traces.left(), lambda: f"left behind: {traces.left()}")

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from concertina.orchestrator.demo import free_port
+from concertina.orchestrator.tokens import token_file
 
 from ..checkpoints import make_checkpoint
 from .command import GONE_S, START_S, concertina, descendants, healthy, wait_for
@@ -169,11 +170,28 @@ def test_a_job_serves_until_it_is_stopped(head: Head, tmp_path: Path, form: list
     assert {"ControllerService", "WorkerActor", "OwnerActor"} <= set(head.alive_actors())
     wait_for(lambda: head.alive_actors().count("ProxyActor") == 2, lambda: f"alive: {head.alive_actors()}")
     pids = [w["pid"] for w in found]
+    if form == ["concertina"]:
+        check_a_second_one_is_refused(head, checkpoint, port)
+    assert token_file("concertina").exists()
     head.ray("job", "stop", job)
     wait_for(lambda: head.alive_actors() == [], lambda: f"alive: {head.alive_actors()}")
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     assert not healthy(url)
+    assert not token_file("concertina").exists()
     assert head.process.poll() is None
+
+
+def check_a_second_one_is_refused(head: Head, checkpoint: Path, port: int) -> None:
+    """Before anything is loaded for it; each message leads on."""
+    for name, other, says in (
+        ("concertina", port, "name: a deployment called 'concertina' already runs"),
+        ("second", free_port(), f"Ray Serve runs in this cluster already; expected its port, {port}"),
+        ("second", port, "endpoint: application 'concertina' answers in this cluster"),
+    ):
+        done = concertina("serve", str(checkpoint), "--name", name, "--port", str(other), env=head.env)
+        assert done.returncode == 1
+        assert says in done.stderr.splitlines()[-1]
+        assert "--address local" in done.stderr or name == "concertina"
 
 
 def workers(head: Head) -> list[dict[str, Any]]:

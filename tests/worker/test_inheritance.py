@@ -146,8 +146,11 @@ def test_a_sequence_that_has_no_heir_waits_as_before(make_site: MakeSite, hire: 
     with clients() as client:
         stream = client.start(workers[1], PROMPTS[0], 120)
         stream.wait_for(2)
+        serving = workers[1].worker.report().serving
         number = bring(workers[:1], site.generation(["a"], "solo"), workers[1])
-        assert workers[1].worker.report().retired == number
+        report = workers[1].worker.report()
+        assert (report.retired, report.serving, report.counted) == (number, 0, serving)
+        assert any(map(any, report.counts_LE))
         assert not stream.end.done()
         workers[1].worker.release("a")
         assert stream.finished() == "moved"

@@ -104,12 +104,13 @@ class Scheduler:
         NeverFits
             It is longer than the context, or than the whole pool (`CacheTooSmall`).
         QueueFull
-            ``max_running + max_waiting`` sequences are here already, and it is not resumed.
+            ``max_running + max_waiting`` sequences are here already, and it is neither resumed nor admitted.
         """
         if seq.id in self._by_id:
             raise InvalidRequest(f"id: {seq.id!r} belongs to a request that has not ended")
         self._check_fits(seq)
-        if not seq.resumed and len(self._by_id) >= self.config.max_running + self.config.max_waiting:
+        full = len(self._by_id) >= self.config.max_running + self.config.max_waiting
+        if full and not (seq.resumed or seq.admitted):
             raise QueueFull(f"{len(self._by_id)} requests are here already; try again later")
         seq.arrival = self._arrivals
         self._arrivals += 1
@@ -145,7 +146,8 @@ class Scheduler:
         del self._by_id[seq.id]
         if isinstance(was, Running):
             self._running.remove(seq)
-            self.blocks.release(seq.id, spoiled)
+            # One that is aborted may be in a step, which writes behind that tail, and perhaps what is not finite.
+            self.blocks.release(seq.id, spoiled, tail=end.reason != "abort")
         else:
             self._waiting.remove(seq)
 

@@ -56,7 +56,7 @@ class Sequence:
         Ids that end it, end-of-sequence included unless ignored.
     arrival : int
         Position in the order of submission.
-    resumed : bool
+    resumed, admitted : bool
         See `EngineRequest`.
     cached_tokens : int
         Prompt tokens found in the prefix cache when it was first admitted; -1 before that.
@@ -71,6 +71,7 @@ class Sequence:
     arrival: int = 0
     cached_tokens: int = -1
     resumed: bool = False
+    admitted: bool = False
     state: State = field(default_factory=Waiting)
 
     @classmethod
@@ -78,7 +79,8 @@ class Sequence:
         sampling = request.sampling
         stop_ids = frozenset(sampling.stop_token_ids + (() if sampling.ignore_eos else eos_ids))
         prompt = list(request.prompt)
-        return cls(request.id, prompt, len(prompt), sampling, seed, stop_ids, resumed=request.resumed)
+        resumed, admitted = request.resumed, request.admitted
+        return cls(request.id, prompt, len(prompt), sampling, seed, stop_ids, resumed=resumed, admitted=admitted)
 
     @property
     def begun(self) -> bool:

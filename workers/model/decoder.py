@@ -20,7 +20,7 @@ from .batch import Batch
 from .experts import Experts
 from .kv import KVCache
 from .plan import PlanRules, make_plan
-from .rope import RopeTable
+from .rope import rope_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Decoder:
         self._embed, self._norm = trunk["embed"], trunk["norm"]
         self._head = trunk.get("head", self._embed)
         self.dtype, self.device = self._embed.dtype, self._embed.device
-        self._rope = RopeTable(config.rope, self.dtype, self.device)
+        self._rope = rope_table(config.rope, self.dtype, self.device)
         moe = {layer: m for m, layer in enumerate(config.moe_layers)}
         self._layers = [self._layer(i, moe.get(i), trunk) for i in range(config.layers)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -62,6 +63,12 @@ def table_scale(rope: Rope) -> float:
     return yarn_mscale(s.factor)
 
 
+@cache
+def rope_table(rope: Rope, dtype: torch.dtype, device: torch.device) -> RopeTable:
+    """The table of this process: what it has grown to serves the next generation's first step, too."""
+    return RopeTable(rope, dtype, device)
+
+
 class RopeTable:
     """Cosines and signed sines by position, grown as longer sequences come.
 
@@ -73,23 +80,23 @@ class RopeTable:
         self._rope, self._dtype, self._device = rope, dtype, device
         self._frequencies = inverse_frequencies(rope)
         self._scale = table_scale(rope)
-        self._cos = self._sin = torch.empty(0, rope.dims, dtype=dtype, device=device)
+        self._tables = (torch.empty(0, rope.dims, dtype=dtype, device=device),) * 2  # replaced together
 
     def at(self, positions_T: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """Tables [T, 1, dims] for these positions, all below ``longest``."""
-        if longest > self._cos.shape[0]:
-            self._grow(max(longest, 2 * self._cos.shape[0], 256))
-        return self._cos[positions_T].unsqueeze(1), self._sin[positions_T].unsqueeze(1)
+        cos, sin = self._tables
+        if longest > len(cos):
+            cos, sin = self._tables = self._of(max(longest, 2 * len(cos), 256))
+        return cos[positions_T].unsqueeze(1), sin[positions_T].unsqueeze(1)
 
-    def _grow(self, length: int) -> None:
+    def _of(self, length: int) -> tuple[Tensor, Tensor]:
         angles = torch.outer(torch.arange(length, dtype=torch.float32), self._frequencies)
         cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
         if self._rope.interleaved:
             cos, sin = cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
         else:
             cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-        self._cos = cos.to(self._device, self._dtype)
-        self._sin = sin.to(self._device, self._dtype)
+        return cos.to(self._device, self._dtype), sin.to(self._device, self._dtype)
 
     def rotate_(self, x_ThD: Tensor, tables: tuple[Tensor, Tensor]) -> None:
         """Rotate the first ``dims`` of the last dimension in place."""
