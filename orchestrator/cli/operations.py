@@ -12,7 +12,7 @@ from .operation_run import Target, target_options
 @click.command("operations")
 @target_options(waits=False)
 def command(target: Target) -> None:
-    """List the latest operations: scaling, draining, re-balancing and recoveries."""
+    """List the latest operations: scaling, draining and re-balancing."""
     found = target.deployment().operations()
     if target.as_json:
         click.echo(json.dumps([status.to_dict() for status in found], indent=2))

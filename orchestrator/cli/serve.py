@@ -72,7 +72,11 @@ _deployment_options = _Group(
             show_default=True,
             help="Seconds between looks at whether experts should move; 0 never moves them.",
         ),
-        click.option("--loads", metavar="FILE", help="Measured loads: read at the start, kept up to date."),
+        click.option(
+            "--loads",
+            metavar="FILE",
+            help="Measured loads: read at the start, written at each look of --rebalance-interval.",
+        ),
         click.option(
             "--cluster",
             metavar="FILE",
