@@ -99,6 +99,11 @@ class EndpointOptions:
     model_name: str | None = None
     api_keys: tuple[str, ...] = field(default=(), repr=False)
 
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
 
 @dataclass(frozen=True)
 class DeploymentConfig:

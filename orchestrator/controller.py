@@ -193,7 +193,7 @@ class Controller:
         return DeploymentStatus(
             name=config.name,
             model=config.endpoint.model_name or os.path.basename(config.checkpoint),
-            endpoint=f"http://{config.endpoint.host}:{config.endpoint.port}",
+            endpoint=config.endpoint.url,
             generation=record.id if record else 0,
             phase=phase,
             exchange=record.layout.exchange if record else "",

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.context import _get_global_client
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.serve.exceptions import RayServeException
 
 from ..errors import OperatorError
 from . import remote
-from .config import NAMESPACE, DeploymentConfig
+from .config import NAMESPACE, DeploymentConfig, EndpointOptions
 from .ingress.deployment import ActorMembers, Lifeline, build_ingress
 from .ingress.second_door import open_second_door
 from .ingress.settings import IngressSettings
 
 _log = logging.getLogger(__name__)
+_ASK_S = 5.0
+_LEFTOVER_S, _LOOK_S = 30.0, 0.5  # that the endpoint of a killed driver may take to go
 _AFTER_S = 10.0  # whoever has just started it asks at once, and two more processes take their seconds of CPU
 
 
@@ -36,7 +41,7 @@ class Endpoint:
     def __init__(self, config: DeploymentConfig, settings: IngressSettings, pool: Executor) -> None:
         self.config, self.settings = config, settings
         self.controller_id: str = remote.find_controller(config.name)._actor_id.hex()
-        self.owns_serve = not _serve_runs()
+        self.owns_serve = _applications() is None
         self.opening: Future[None] = pool.submit(self._open)
         self._pool, self._ending = pool, threading.Event()
         self._door: Any = None
@@ -53,8 +58,8 @@ class Endpoint:
     def close(self) -> None:
         """Take it away, and Serve with it if that was started for it and nobody else uses it."""
         with contextlib.suppress(ray.exceptions.RayError):
-            others = set(serve.status().applications) - {self.config.name}
-            serve.shutdown() if self.owns_serve and not others else serve.delete(self.config.name)
+            alone = self.owns_serve and not set(_applications() or ()) - {self.config.name}
+            serve.shutdown() if alone else serve.delete(self.config.name)
         with contextlib.suppress(ray.exceptions.RayError):
             if self._door is not None:
                 ray.kill(self._door)
@@ -65,9 +70,15 @@ class Endpoint:
         try:
             serve.start(http_options=listen, logging_config={"log_level": "WARNING"})
             self._run(1, wait=True)
-        except Exception as e:  # Serve has no class of its own for what does not start, and wraps why it did not
-            reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
-            raise OperatorError(f"endpoint: it could not be opened: {reason}") from e
+        except Exception as e:  # Serve has no class of its own for what does not start
+            raise OperatorError(f"endpoint: it could not be opened: {self._why() or remote.one_line(e)}") from e
+
+    def _why(self) -> str:
+        """The last line of what Serve says of an ingress that does not start: the others are where, not why."""
+        with contextlib.suppress(KeyError, ray.exceptions.RayError, RayServeException):
+            ingress = serve.status().applications[self.config.name].deployments["ingress"]
+            return ([line.strip() for line in ingress.message.splitlines() if line.strip()] or [""])[-1]
+        return ""
 
     def _double(self) -> None:
         if self._ending.wait(_AFTER_S):
@@ -106,29 +117,70 @@ def opened(config: DeploymentConfig, settings: IngressSettings, leave_serve: boo
                 endpoint.close()
 
 
-def check_serve(config: DeploymentConfig, taken: OperatorError | None) -> None:
-    """Raise `OperatorError` if the Ray Serve that runs in this cluster cannot open the endpoint as it was asked for.
+def check_port_free(endpoint: EndpointOptions) -> None:
+    """Raise `OperatorError` if nobody can listen there."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)[
+            0
+        ]
+        with socket.socket(family, kind, protocol) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind(address)
+    except OSError as e:
+        where = endpoint.url.removeprefix("http://")
+        raise OperatorError(f"port: cannot listen on {where} ({e.strerror}); choose another --port") from e
 
-    ``taken`` is what is wrong with the port, unless Serve itself listens there.
+
+def check_serve(config: DeploymentConfig) -> None:
+    """Raise `OperatorError` if the endpoint cannot be opened as it was asked for.
+
+    A Ray Serve that runs in this cluster has a port already, and perhaps an application. One of this deployment's name
+    whose driver was killed goes by itself, which is waited for.
     """
-    if not _serve_runs():
-        if taken is not None:
-            raise taken
+    end_s = time.monotonic() + _LEFTOVER_S
+    while (serves := _applications()) is not None and config.name in serves and not _has_controller(config.name):
+        if time.monotonic() > end_s:
+            raise OperatorError(f"endpoint: one of an earlier deployment called {config.name!r} does not go away")
+        time.sleep(_LOOK_S)
+    if serves is None:
+        check_port_free(config.endpoint)
         return
-    client: Any = _get_global_client()
-    listens = client.http_config.port
+    listens = _ask_serve("get_http_config").port
     if listens != config.endpoint.port:
         raise OperatorError(
             f"port: {config.endpoint.port}: Ray Serve runs in this cluster already; expected its port, {listens} "
             "(or give --address local, which starts another Ray)"
         )
-    for name, application in client.get_serve_details()["applications"].items():
-        if application["route_prefix"] == "/" and name != config.name:
-            raise OperatorError(
-                f"endpoint: application {name!r} answers in this cluster; a cluster has one endpoint: end that one, or "
-                "give --address local, which starts another Ray"
-            )
+    others = [name for name, prefix in serves.items() if prefix == "/" and name != config.name]
+    if others:
+        raise OperatorError(
+            f"endpoint: application {others[0]!r} answers in this cluster; a cluster has one endpoint: end that one, "
+            "or give --address local, which starts another Ray"
+        )
 
 
-def _serve_runs() -> bool:
-    return any(a["namespace"] == "serve" for a in ray.util.list_named_actors(all_namespaces=True))
+def _applications() -> dict[str, str] | None:
+    """Serve's applications and the prefixes of their routes; None if Serve does not run."""
+    try:
+        found = _ask_serve("get_serve_instance_details")["applications"]
+    except (ValueError, ray.exceptions.RayActorError):  # it was not, or is no longer
+        return None
+    except ray.exceptions.RayError as e:
+        raise OperatorError(
+            f"endpoint: Ray Serve runs in this cluster and gives no answer: {remote.one_line(e)}"
+        ) from e
+    return {name: application["route_prefix"] for name, application in found.items()}
+
+
+def _ask_serve(call: str) -> Any:
+    """Ask its controller itself: a client of Serve's would be kept, also when that controller is gone."""
+    controller = ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
+    return ray.get(getattr(controller, call).remote(), timeout=_ASK_S)
+
+
+def _has_controller(deployment: str) -> bool:
+    try:
+        remote.find_controller(deployment)
+    except OperatorError:
+        return False
+    return True

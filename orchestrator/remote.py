@@ -52,8 +52,13 @@ def connect_to(address: str | None) -> None:
         ray.init(where, namespace=NAMESPACE, log_to_driver=False, logging_level=_LOG_LEVEL)
     except _REFUSALS as e:
         raise OperatorError(
-            f"address: no Ray cluster answers at {where!r} ({e}); start one with concertina serve or ray start --head"
+            f"address: no Ray cluster answers at {where!r} ({one_line(e)}); "
+            "start one with concertina serve or ray start --head"
         ) from e
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _knock(address: str) -> None:
@@ -84,7 +89,8 @@ def join_or_start(address: str | None, workers: int, verbose: bool) -> bool:
             logging.getLogger(__name__).info("no Ray cluster runs here: starting an embedded one")
         except _REFUSALS as e:
             raise OperatorError(
-                f"address: the Ray cluster that runs here cannot be joined ({e}); --address local starts another one"
+                f"address: the Ray cluster that runs here cannot be joined ({one_line(e)}); "
+                "--address local starts another one"
             ) from e
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 puts what serves behind every process that starts
     try:

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -17,13 +16,12 @@ import ray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ..errors import OperatorError
 from ..workers.model_files import ModelFiles
 from . import remote
 from .config import DeploymentConfig
 from .controller_actor import launch
 from .core.layout import Seat
-from .endpoint import check_serve, opened
+from .endpoint import check_port_free, check_serve, opened
 from .ingress.settings import IngressSettings
 from .lifeline import Identity
 from .planning import fitting_placement, max_model_len
@@ -51,15 +49,14 @@ def serve_until_stopped(config: DeploymentConfig, address: str | None, verbose: 
     settings = _settings(config, model)
     if config.placement_file is not None:  # the controller reads it again; a mistake is told before Ray starts
         fitting_placement(config.placement_file, [Seat(f"cpu-{i}", "") for i in range(config.workers)], model)
-    taken = _port_taken(config.endpoint.host, config.endpoint.port)
-    if taken is not None and address == remote.LOCAL:
-        raise taken
+    if address == remote.LOCAL:
+        check_port_free(config.endpoint)  # else Ray Serve may be what listens there
     console = Console(stderr=True)
     stop = _stop_signals()
     try:
         started = remote.join_or_start(address, config.workers, verbose)
         _stop_signals()  # Ray has put its own in their place
-        check_serve(config, taken)
+        check_serve(config)
         with _controller(config) as controller:
             starting = controller.start.remote()
             # The file goes first at the end: a job that is stopped has three seconds, and Serve takes two and more.
@@ -91,18 +88,6 @@ def _settings(config: DeploymentConfig, model: ModelFiles) -> IngressSettings:
         api_keys=endpoint.api_keys,
         max_waiting=config.engine.max_waiting,
     )
-
-
-def _port_taken(host: str, port: int) -> OperatorError | None:
-    """What is wrong with an address to listen on, if anything is."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as s:
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            s.bind(address)
-    except OSError as e:
-        return OperatorError(f"port: cannot listen on {host}:{port} ({e.strerror}); choose another --port")
-    return None
 
 
 def _stop_signals() -> Callable[[], None]:
@@ -167,7 +152,7 @@ def _still_starting(starting: Any, controller: Any) -> Any:
 
 def _announce(config: DeploymentConfig, started: bool) -> None:
     """On standard output, where scripts wait for it; everything else is told on standard error."""
-    url = f"http://{config.endpoint.host}:{config.endpoint.port}/v1"
+    url = f"{config.endpoint.url}/v1"
     where = "an embedded Ray" if started else "the running Ray cluster"
     print(f"serving {config.checkpoint} with {config.workers} workers in {where} at {url}", flush=True)
     print("concertina status shows what runs; Ctrl-C ends everything", flush=True)

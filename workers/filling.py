@@ -65,9 +65,9 @@ class Filler:
         Raises
         ------
         OperatorError
-            Too few pages are free, or the checkpoint cannot be read. Nothing of what was missing is there then.
+            Too few pages are free, or the checkpoint is gone or another one. Nothing of what was missing is there then.
         InternalError
-            A peer failed, and no piece says what its extent holds.
+            A peer failed, and no piece says what its extent holds; or the checkpoint cannot be read now.
         """
         with self._alone({request.key for request in requests}):
             there = {extent.key for extent in self._owner.extents()}

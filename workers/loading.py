@@ -77,7 +77,9 @@ def load_pieces(pieces: Sequence[Piece], segments: Segments, progress: Progress 
     Raises
     ------
     OperatorError
-        A file cannot be read, ends early, or is not the one any more whose header was read; names the file.
+        A file cannot be opened, ends early, or is not the one any more whose header was read; names the file.
+    InternalError
+        It cannot be read, perhaps only now.
     """
     total, done = sum(piece.source.nbytes for piece in pieces), 0
     ordered = sorted(pieces, key=lambda p: (p.source.file, p.source.offset))

@@ -312,9 +312,9 @@ class MemoryOwner:
         Raises
         ------
         OperatorError
-            A file cannot be read or is too short, or a dtype cannot be converted.
+            A file cannot be opened, is too short or another one, or a dtype cannot be converted.
         InternalError
-            No such extent, or a piece outside it.
+            No such extent, a piece outside it, or a file that cannot be read now.
         """
         size = self.pool.geometry.page_bytes
         for piece in pieces:

@@ -59,9 +59,9 @@ class Account:
         self._closed = False
 
     def accepted(self, job: Job) -> None:
-        """Take each prompt's place in the queue now, so that a burst of requests cannot pass it together."""
+        """Take the places of all choices in the queue now, so that a burst of requests cannot pass it together."""
         self._metrics.prompt_tokens.inc(job.prompt_tokens)
-        self._reserved = len(job.prompts)
+        self._reserved = len(job.prompts) * job.n
         self._queue.add(self._reserved, 0)
 
     def submitted(self) -> None:

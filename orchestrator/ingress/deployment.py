@@ -101,7 +101,10 @@ class Lifeline:
             _log.warning("actor %r is another one now: application %r is its", self.actor, self.application)
             return
         _log.warning("actor %r is gone: deleting application %r", self.actor, self.application)
-        Durable(self.application).clear()
+        try:
+            Durable(self.application).clear()
+        except Exception as e:  # noqa: BLE001 - the endpoint goes all the same
+            _log.warning("what was kept of %r stays in the cluster: %s", self.application, e)
         others = set(serve.status().applications) - {self.application}
         if self.with_serve and not others:
             serve.shutdown()

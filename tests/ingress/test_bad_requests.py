@@ -306,14 +306,19 @@ def test_the_queue_grows_and_shrinks_with_the_workers(serve: Serve) -> None:
     assert front.router.workers == 2  # one takes requests, one is being replaced
 
 
-def test_a_burst_does_not_pass_the_queue_together(serve: Serve) -> None:
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_burst_does_not_pass_the_queue_together(serve: Serve, n: int) -> None:
+    """Further choices count, though they are submitted later."""
     worker = ToyWorker()
-    front = serve(worker, max_waiting=5)
+    front = serve(worker, max_waiting=5 * n)
     front.run(worker.gate.clear)
 
     async def burst() -> list[int]:
         async with httpx.AsyncClient(timeout=20) as client:
-            tasks = [asyncio.create_task(client.post(f"{front.url}/v1/completions", json=GOOD)) for _ in range(30)]
+            tasks = [
+                asyncio.create_task(client.post(f"{front.url}/v1/completions", json={**GOOD, "n": n}))
+                for _ in range(30)
+            ]
             done = 0
             while done < 25:
                 await asyncio.sleep(0.01)

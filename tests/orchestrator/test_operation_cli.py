@@ -104,7 +104,7 @@ def test_a_bad_end_is_an_error_with_its_reason(monkeypatch: pytest.MonkeyPatch, 
 
 def test_a_wait_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FakeController(RUNNING))
-    done = run("scale", "--workers", "3", "--wait", "--timeout", "50ms")
+    done = run("scale", "--workers", "3", "--timeout", "50ms")  # which is to wait
     assert isinstance(done.exception, OperatorError)
     assert "under way, moving weights" in str(done.exception)
 

@@ -206,6 +206,23 @@ def test_a_file_that_shrank_or_went_after_opening_is_named(owner: MemoryOwner, t
     owner.free("trunk")  # a failed load holds nothing
 
 
+def test_an_error_of_the_disk_may_pass(owner: MemoryOwner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it is no mistake of the operator's, which would not be tried again."""
+    folder = write_checkpoint(tmp_path / "toy", {"model.safetensors": {"w": torch.ones(2048)}})
+    piece = Piece(Checkpoint.open(folder).tensor("w"), "trunk", 0, "F32")
+    owner.allocate("trunk", "trunk", 2)
+
+    def broken(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", broken)
+        with pytest.raises(InternalError, match=r"model.safetensors: cannot be read: Input/output error"):
+            owner.load([piece])
+    owner.load([piece])
+    assert as_tensor(owner, "trunk", torch.float32, (2048,)).all()
+
+
 def test_a_file_that_is_written_over_while_it_is_read_is_named(owner: MemoryOwner, tmp_path: Path) -> None:
     whole = {"v": torch.ones(1024), "w": torch.ones(1024)}
     folder = write_checkpoint(tmp_path / "toy", {"model.safetensors": whole})
