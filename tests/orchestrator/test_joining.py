@@ -147,6 +147,6 @@ def test_a_port_that_is_taken_is_named() -> None:
         with pytest.raises(OperatorError, match=rf"port: cannot listen on 127\.0\.0\.1:{port}"):
             check_port_free(EndpointOptions("127.0.0.1", port))
     check_port_free(EndpointOptions("127.0.0.1", port))
-    with pytest.raises(OperatorError, match="port: cannot listen on nowhere.invalid:8000"):
+    with pytest.raises(OperatorError, match=r"port: cannot listen on nowhere\.invalid:8000"):
         check_port_free(EndpointOptions("nowhere.invalid"))
     assert EndpointOptions("::1").url == "http://[::1]:8000"
