@@ -99,34 +99,6 @@ def test_values_that_are_not_finite_stay_in_their_sequence(
         assert collected.tokens[f"good{round_}"] == expected
 
 
-def test_what_a_step_writes_for_who_has_left_spoils_nobody_else(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its client leaves in the middle of a chunk that begins in a half-filled block, and is not finite."""
-    good = [*range(40, 61), 5]
-    expected = loaded.greedy(good, 9)
-    token = poison(loaded, monkeypatch, good, expected)
-    engine, forward = engine_on(loaded, 16, caching=True, chunked=True), loaded.decoder.forward
-    collected, steps = Collected(), list[int]()
-
-    def left(batch: Batch, cache: KVCache) -> Tensor:
-        logits = forward(batch, cache)
-        steps.append(batch.tokens)
-        if len(steps) == 2:
-            engine.abort("bad")
-        return logits
-
-    monkeypatch.setattr(loaded.decoder, "forward", left)
-    engine.submit(request("first", [1, 2, 3], max_tokens=1))
-    engine.submit(request("bad", [*good[:21], 7, token, *range(28)], max_tokens=9))  # 21 tokens fit into the first step
-    collected.emit(engine.step())
-    collected.emit(engine.step())
-    assert collected.ends["bad"].finish_reason == "abort"
-    engine.submit(request("good", good, max_tokens=9))
-    drain(engine, collected)
-    assert collected.tokens["good"] == expected
-
-
 def test_values_that_are_not_finite_do_not_spread_within_a_batch(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:

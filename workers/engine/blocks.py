@@ -165,14 +165,14 @@ class BlockManager:
             self._fill(table, tokens[known:end])
             known = end
 
-    def release(self, key: str, spoiled: bool = False, *, tail: bool = True) -> None:
+    def release(self, key: str, spoiled: bool = False) -> None:
         """Take a sequence's blocks back.
 
-        What was recorded stays findable until it is evicted, the half-filled last block too with ``tail``; if
-        ``spoiled``, only what the sequence had found itself, or others have.
+        What was recorded stays findable until it is evicted, the half-filled last block too; if ``spoiled``, only
+        what the sequence had found itself, or others have.
         """
         table = self._tables.pop(key)
-        if table.tail and tail:
+        if table.tail:
             self._index.insert(table.blocks[table.full], table.prefix, tuple(table.tail))
         for place in reversed(range(len(table.blocks))):  # a prefix outlives what follows it
             block = table.blocks[place]

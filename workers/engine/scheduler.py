@@ -146,8 +146,7 @@ class Scheduler:
         del self._by_id[seq.id]
         if isinstance(was, Running):
             self._running.remove(seq)
-            # One that is aborted may be in a step, which writes behind that tail, and perhaps what is not finite.
-            self.blocks.release(seq.id, spoiled, tail=end.reason != "abort")
+            self.blocks.release(seq.id, spoiled)
         else:
             self._waiting.remove(seq)
 
