@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from concertina.orchestrator.demo import free_port
+from concertina.orchestrator.tokens import token_file
 
 START_S = 180.0
 GONE_S = 60.0
@@ -181,6 +182,7 @@ class Server:
             if process.pid != self.process.pid and process.runs:
                 os.kill(process.pid, signal.SIGKILL)
         shutil.rmtree(self.directory, ignore_errors=True)
+        token_file(self.name).unlink(missing_ok=True)  # one that was killed has left it
 
 
 def _env(directory: Path) -> dict[str, str]:
