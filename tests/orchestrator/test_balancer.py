@@ -69,11 +69,11 @@ def test_differences_are_counted_once_and_a_new_generation_from_zero():
     balancer.observe({"w0": report("w0", ones * 10, 100), "w1": report("w1", ones * 25, 110)})
     assert balancer.window.pairs_LE.sum() == 16 * 35
     assert balancer.window.steps == 10
-    balancer.observe({"w0": report("w0", ones * 3, 120, serving=2), "w1": report("w1", ones * 0, 120, serving=2)})
-    assert balancer.window.pairs_LE.sum() == 16 * 38
-    left = replace(report("w1", ones * 1, 121, serving=2), serving=0, retired=3)
+    balancer.observe({"w0": report("w0", ones * 3, 120, serving=2), "w1": report("w1", ones * 5, 120, serving=2)})
+    assert balancer.window.pairs_LE.sum() == 16 * 43
+    left = replace(report("w1", ones * 6, 121, serving=2), serving=0, retired=3)
     balancer.observe({"w0": report("w0", ones * 4, 121, serving=2), "w1": left})
-    assert balancer.window.pairs_LE.sum() == 16 * 40, "one that has left still tells what it had counted"
+    assert balancer.window.pairs_LE.sum() == 16 * 45, "one that has left still tells what it had counted"
 
 
 def test_what_was_counted_before_a_restart_of_the_controller_is_left_out():
