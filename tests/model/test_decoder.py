@@ -11,6 +11,7 @@ from concertina.errors import InternalError, OperatorError
 from concertina.workers.model.batch import Batch, Chunk
 from concertina.workers.model.decoder import Decoder
 from concertina.workers.model.kv import KVCache
+from concertina.workers.model.rope import RopeTable
 from torch import Tensor
 
 from ..checkpoints import FAMILIES, VOCAB
@@ -40,6 +41,17 @@ def test_without_tokens_every_moe_layer_is_still_called(loaded: Loaded) -> None:
 
 def test_local_experts_take_no_tokens(loaded: Loaded) -> None:
     assert loaded.decoder.forward(Batch.of([]), loaded.kv).shape == (0, VOCAB)
+
+
+def test_the_next_decoder_of_a_process_need_not_compute_rotary_tables(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a running sequence would have everybody wait in the first step behind a switch."""
+    batch = Batch.of([Chunk([5, 6, 7], 0, [0], True)])
+    expected = loaded.decoder.forward(batch, loaded.kv)
+    monkeypatch.setattr(RopeTable, "_of", lambda *_: pytest.fail("computed anew"))
+    later = Loaded.open(Path(loaded.files.path))
+    assert torch.equal(later.decoder.forward(batch, later.kv), expected)
 
 
 def test_no_logits_wanted(loaded: Loaded) -> None:
