@@ -14,6 +14,7 @@ from math import inf
 from typing import NamedTuple
 
 from ..errors import ConcertinaError, InternalError
+from .background import Throttle
 from .device_kv import DeviceKV
 from .engine.engine import Engine
 from .engine.lockstep import Row
@@ -25,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 # Blocks on their way at a time: these are nobody's meanwhile, and running sequences may need blocks.
 _BATCH_BLOCKS = 16
-_AHEAD_BATCH_BLOCKS = 64  # more, because every batch costs two boundaries, and a switch waits for these
+_AHEAD_BATCH_BLOCKS = 64  # more: behind every batch the ledger is read again, and a switch waits for these
 _REST_BLOCKS = 64  # so many may be left to copy at the boundary itself, while nobody makes a step
 _REST_BYTES = 16 << 20  # of them on their way at a time, so that a slow link is noticed
 _READ_S = 2.0  # for a request ahead, or for all at the boundary; who is slower is left without
@@ -222,7 +223,9 @@ class Inheritance:
         full = full[max(0, len(full) - room) :]
         scarce = room - len(full) < 4 * _AHEAD_BATCH_BLOCKS
         most = _BATCH_BLOCKS if scarce else _AHEAD_BATCH_BLOCKS
+        rest = Throttle(engine.step_s)
         while len(full) > tolerated and self._go_on(source):
+            rest()
             blocks = engine.reserve(min(len(full), most))
             if not blocks:
                 break
@@ -292,7 +295,9 @@ def _copy(
     load = engine.load
     missing = missing[max(0, len(missing) - (load.kv_blocks - load.kv_blocks_used)) :]
     best: list[int] = []  # blocks that were filled in a hurry, the least useful first
+    rest = Throttle(engine.step_s)
     while missing and go_on():
+        rest()
         hurry, load = hurried(), engine.load
         if hurry and load.kv_blocks - load.kv_blocks_used <= len(best):
             break  # what is worth less would come in their place
@@ -329,7 +334,7 @@ def _fill(
         still = None if read_again is None else {known.pages: known.version for known in read_again()}
         records = [k.record if still is None or still.get(k.pages) == k.version else None for k in batch]
     finally:
-        engine.adopt(list(zip(blocks, records, strict=True)), kv.positions)
+        engine.give_back(list(zip(blocks, records, strict=True)))
 
 
 def _missing(kv: DeviceKV, theirs: Sequence[_Known]) -> list[_Known]:

@@ -204,6 +204,10 @@ class ThreadExchange:
             self.hub.rings += 1
             self.hub.changed.notify_all()
 
+    def check(self) -> None:
+        if self.hub.barrier.broken:
+            raise PeerLost(-1, "a thread is gone")
+
     def die(self) -> None:
         self.hub.barrier.abort()
         self.ring()

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
-from concertina.errors import OperatorError
+from concertina.errors import OperatorError, PeerLost
 from concertina.workers.engine.engine import Engine
 from concertina.workers.engine.lockstep import Swap
 from concertina.workers.model.batch import Batch
 
-from .fakes import Collected, FakeDecoder, FakeKV, Hub, config, drain, expected_greedy, request
+from .fakes import Collected, FakeDecoder, FakeKV, Hub, ThreadExchange, config, drain, expected_greedy, request
 
 PROMPT = [1, 2, 3]
 
@@ -22,6 +22,7 @@ class FakeTime:
 
     now_s: float = 100.0
     slept_s: list[float] = field(default_factory=list)
+    then: Callable[[], None] = lambda: None
 
     def clock(self) -> float:
         return self.now_s
@@ -29,6 +30,7 @@ class FakeTime:
     def sleep(self, seconds: float) -> None:
         self.slept_s.append(seconds)
         self.now_s += seconds
+        self.then()
 
     def takes(self, *seconds: float) -> Callable[[Batch], None]:
         """A decoder's hook: passes take so long one after the other, and the last ones all the same."""
@@ -40,8 +42,10 @@ class FakeTime:
         return hook
 
 
-def engine_of(time: FakeTime, emulated_step_ms: float, *pass_s: float) -> Engine:
-    (exchange,) = Hub(1).members()
+def engine_of(
+    time: FakeTime, emulated_step_ms: float, *pass_s: float, exchange: ThreadExchange | None = None
+) -> Engine:
+    exchange = exchange or Hub(1).members()[0]
     decoder = FakeDecoder(hook=time.takes(*pass_s))
     setting = replace(config(), emulated_step_ms=emulated_step_ms)
     return Engine(decoder, FakeKV(64), exchange, setting, clock=time.clock, sleep=time.sleep)
@@ -52,9 +56,26 @@ def test_exactly_the_missing_time_is_slept_before_the_step_ends() -> None:
     engine = engine_of(time, 5000.0, 1.0, 2.0, 4.0)
     engine.submit(request("a", PROMPT, max_tokens=3))
     drain(engine, Collected())
-    assert time.slept_s == [4.0, 3.0, 1.0]
+    assert (sum(time.slept_s), max(time.slept_s)) == (8.0, 1 / 64), "in slices, to notice who dies"
     assert list(engine.step_ends_s) == [105.0, 110.0, 115.0]
     assert (engine.stats.steps, engine.stats.step_seconds) == (3, 15.0)
+
+
+def test_a_peer_that_dies_meanwhile_is_noticed_before_the_step_ends() -> None:
+    time = FakeTime()
+    (exchange,) = Hub(1).members()
+    engine = engine_of(time, 5000.0, 1.0, exchange=exchange)
+    engine.submit(request("a", PROMPT, max_tokens=6))
+    collected = Collected()
+    collected.emit(engine.step())
+    time.then = lambda: exchange.die() if time.now_s > 107.0 else None
+    with pytest.raises(PeerLost):
+        engine.step()
+    assert 107.0 < time.now_s < 107.1, "a pass of one second and four of sleep would have ended at 110"
+    time.then = lambda: None
+    engine.recover(Swap(2, FakeDecoder(), Hub(1).members()[0]))
+    drain(engine, collected)
+    assert collected.tokens["a"] == expected_greedy(PROMPT, 6), "that step is made once more"
 
 
 @pytest.mark.parametrize("pass_s", [5.0, 7.0])

@@ -9,6 +9,7 @@ import pytest
 from concertina.errors import InternalError
 from concertina.workers.engine.engine import Engine
 from concertina.workers.engine.turns import Turns
+from concertina.workers.model.batch import Batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -84,7 +85,7 @@ def test_reserving_leaves_room_for_everyone_here() -> None:
     assert len(reserved) == 4
     assert not set(engine.resize([], 3)) & set(reserved)
     assert (engine.load.kv_blocks, engine.load.waiting) == (4, 0), "it cannot stay, but what is reserved does"
-    engine.adopt([(block, None) for block in reserved], 10)
+    engine.give_back([(block, None) for block in reserved])
     assert engine.load.kv_blocks_used == 0
 
 
@@ -169,3 +170,50 @@ def test_many_callers_and_loops_take_turns() -> None:
             for _ in range(3):
                 turns.serve()
     assert done == [400]
+
+
+@pytest.mark.parametrize("aborted", [False, True])
+def test_reserving_waits_for_no_step_but_where_that_may_write_what_is_free(aborted: bool) -> None:
+    """The pass that is being made writes the blocks of a sequence that is given up meanwhile."""
+    inside, go_on, got = threading.Event(), threading.Event(), threading.Event()
+    passes: list[list[int]] = []
+    reserved: list[int] = []
+
+    def hook(batch: Batch) -> None:
+        passes.append([block for table in batch.block_tables for block in table])
+        if len(passes) == 2:
+            inside.set()
+            assert go_on.wait(20)
+
+    (exchange,) = Hub(1).members()
+    engine = Engine(FakeDecoder(hook=hook), FakeKV(8), exchange, config(idle_wait_s=30.0))
+    collected = Collected()
+    loop = threading.Thread(target=engine.run, args=(collected.emit,), daemon=True)
+
+    def reserve() -> None:
+        reserved.extend(engine.reserve(100))
+        got.set()
+
+    engine.submit(request("a", PROMPT, max_tokens=9))
+    loop.start()
+    try:
+        assert inside.wait(20)
+        if aborted:
+            engine.abort("a")
+        threading.Thread(target=reserve, daemon=True).start()
+        assert got.wait(0.2 if aborted else 20) != aborted, "it has to wait for the boundary, and only then"
+        if not aborted:
+            engine.give_back([(block, None) for block in reserved])
+        go_on.set()
+        assert got.wait(20)
+        assert len(reserved) == (8 if aborted else 2)
+        assert aborted or not set(reserved) & set(passes[1])
+        collected.wait_for(lambda: "a" in collected.ends)
+        assert aborted or collected.tokens["a"] == expected_greedy(PROMPT, 9)
+        if aborted:
+            engine.give_back([(block, None) for block in reserved])
+        assert (engine.load.kv_blocks, engine.load.kv_blocks_used) == (8, 0)
+    finally:
+        go_on.set()
+        engine.stop()
+        loop.join(20)

@@ -164,7 +164,7 @@ def test_another_device_takes_over_by_copying_into_reserved_blocks() -> None:
         heir.cells.update({(block, place): leaver.cells[source, place] for place in range(len(records[source].tokens))})
         theirs.emit(new.step())
         copies.append((block, records[source]))
-    assert new.adopt(copies, len(BLOCKS)) == []
+    new.give_back(copies)
     old.retire()
     (moved,) = old.hand_over("the heir")
     assert (moved.finish_reason, moved.moved_to) == ("moved", "the heir")

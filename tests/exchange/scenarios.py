@@ -161,6 +161,16 @@ def idle_until_lost(ex: Exchange) -> list[Any]:
         return [lost.rank, lost.reason, True]
 
 
+def look_until_lost(ex: Exchange) -> list[Any]:
+    """As `until_lost`, but in no call: it looks now and then."""
+    try:
+        while True:
+            ex.check()
+            time.sleep(0.01)
+    except PeerLost as lost:
+        return [lost.rank, lost.reason, True]
+
+
 def _calls(ex: Exchange, x: Tensor, rows: int) -> list[Callable[[], Any]]:
     splits = [rows] * ex.size
     return [
@@ -171,6 +181,7 @@ def _calls(ex: Exchange, x: Tensor, rows: int) -> list[Callable[[], Any]]:
         ex.doorbell,
         lambda: ex.wait(0, 1.0),
         ex.ring,
+        ex.check,
     ]
 
 
@@ -247,6 +258,6 @@ ALL: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
         random_rounds, every_dtype, large, overlapped, doorbell_stress, idle_cpu, until_lost, idle_until_lost,
-        expert_parallel,
+        look_until_lost, expert_parallel,
     )
 }  # fmt: skip

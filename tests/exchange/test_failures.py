@@ -60,9 +60,10 @@ def test_stopped(crew: Crew, kind: str) -> None:
 
 
 @pytest.mark.ray
-def test_killed_while_all_sleep(crew: Crew) -> None:
+@pytest.mark.parametrize("what", ["idle_until_lost", "look_until_lost"])
+def test_killed_while_all_sleep(crew: Crew, what: str) -> None:
     crew.join("shared", 3, timeout_s=150.0)
-    crew.start("idle_until_lost")
+    crew.start(what)
     time.sleep(0.2)
     crew.members[0].signal(signal.SIGKILL)
     _check(crew, "shared", 0, "process ended")

@@ -77,13 +77,20 @@ class StepWork:
 class EngineCore:
     """Sequences from submission to their last output.
 
-    A step is `begin`, the forward pass and sampling, `finish`. Aborts may come between the two; blocks freed then are
-    not handed out again before the next `begin`.
+    A step is `begin`, the forward pass and sampling, `finish`. Aborts and reservations may come between the two; blocks
+    freed then are not handed out again before the step has ended, which may still write them.
+
+    Attributes
+    ----------
+    freed_in_step : bool
+        Whether a step has begun and not ended, and a sequence's blocks were freed since.
     """
 
     def __init__(self, config: EngineConfig, blocks: BlockManager) -> None:
         self.config = config
+        self.freed_in_step = False
         self.scheduler = Scheduler(config.scheduler, blocks)
+        self._in_step = False
         self._ended: list[EngineOutput] = []  # ended outside a step, not reported yet
         self._stats = EngineStats()
 
@@ -103,11 +110,13 @@ class EngineCore:
         """End a request and free its blocks now; False if there is none of that id."""
         seq = self.scheduler.abort(request_id)
         if seq is not None:
+            self.freed_in_step = self._in_step
             self._note_end(seq, Finished("abort"))
         return seq is not None
 
     def begin(self) -> StepWork:
         """Choose the tokens of a step; there may be none."""
+        self._in_step, self.freed_in_step = True, False
         chunks = self.scheduler.schedule()
         table = self.scheduler.blocks.table
         batch = Batch.of(
@@ -117,6 +126,7 @@ class EngineCore:
 
     def finish(self, work: StepWork, sampled: list[Sampled], seconds: float) -> list[EngineOutput]:
         """Append the new tokens; outputs in the order of the rows, failed sequences first."""
+        self._in_step = self.freed_in_step = False
         live = [
             (chunk, result)
             for chunk, result in zip(work.chunks, sampled, strict=True)
@@ -159,14 +169,18 @@ class EngineCore:
         return parted
 
     def reserve(self, count: int) -> list[int]:
-        """Up to ``count`` blocks that nobody uses, to be filled and given back by `adopt`; they are no one's till then.
+        """Up to ``count`` blocks that nobody uses, to be filled and given back; they are no one's till then.
 
-        So many are left that every sequence here still fits.
+        So many are left that every sequence here still fits. Not while `freed_in_step`.
         """
         blocks = self.scheduler.blocks
         longest = max((seq.kv_tokens_at_most for seq in self.scheduler.sequences), default=0)
         spare = blocks.capacity - blocks.reserved_blocks - blocks.blocks_for(longest)
         return blocks.reserve(max(0, min(count, spare)))
+
+    def give_back(self, records: Collection[tuple[int, BlockRecord | None]]) -> None:
+        """Take blocks of `reserve` in again, with what they hold now: they are the last to go."""
+        self.scheduler.blocks.adopt(records)
 
     def retire(self) -> None:
         """Write nothing to the ledger from here on, since the KV passes to others; sequences stay."""

@@ -32,6 +32,7 @@ Emit = Callable[[list[EngineOutput]], None]
 RunEnd = Literal["stopped", "retired"]
 _STEPS_KEPT = 8192
 _LOOK_S = 0.0005
+_EMULATED_LOOK_S = 1 / 64
 
 
 @dataclass(slots=True)
@@ -162,8 +163,8 @@ class Engine:
     def call(self, fn: Callable[[], T]) -> T:
         """Run ``fn`` in the loop's thread at its next step boundary, or at once where no loop runs; its result.
 
-        No forward pass runs meanwhile, so ``fn`` may change what is mapped. Within it, `resize`, `adopt` and `reserve`
-        act at once.
+        No forward pass runs meanwhile, so ``fn`` may change what is mapped. Within it, `resize` and `adopt` act at
+        once.
         """
         return self._turns.call(fn, self._wake)
 
@@ -176,12 +177,24 @@ class Engine:
         return self._call_core(lambda: self._core.adopt(records, target))
 
     def reserve(self, count: int) -> list[int]:
-        """`EngineCore.reserve` at the next boundary: up to ``count`` blocks to fill and give to `adopt`."""
+        """`EngineCore.reserve`: up to ``count`` blocks to fill and `give_back`.
+
+        At once: steps may be long. At the next boundary only where what a step in flight may write has been freed.
+        """
+        with self._lock:
+            if not self._core.freed_in_step:
+                return self._core.reserve(count)
         return self._call_core(lambda: self._core.reserve(count))
 
+    def give_back(self, records: Collection[tuple[int, BlockRecord | None]]) -> None:
+        """`EngineCore.give_back`, at once: blocks that were reserved, with what they hold now."""
+        with self._lock:
+            self._core.give_back(records)
+
     def touch(self, blocks: Iterable[int]) -> None:
-        """At the next boundary, have blocks that are cached count as used just now, the last one most recently."""
-        self._call_core(lambda: self._core.scheduler.blocks.touch(blocks))
+        """Have blocks that are cached count as used just now, the last one most recently."""
+        with self._lock:
+            self._core.scheduler.blocks.touch(blocks)
 
     def await_submissions(self, count: int, limit_s: float) -> None:
         """In the loop's thread: return once ``count`` requests were queued in all, or after ``limit_s``."""
@@ -291,10 +304,11 @@ class Engine:
             return self._core.finish(work, sampled, ended_s - began_s)
 
     def _emulate(self, began_s: float) -> None:
-        """Leave the host's cores alone until an accelerator would have been done."""
-        least_s = self.config.emulated_step_ms / 1e3
-        if least_s and (missing_s := began_s + least_s - self._clock()) > 0:
-            self._sleep(missing_s)
+        """Leave the host's cores alone until an accelerator would have been done; it, too, would miss a lost peer."""
+        ends_s = began_s + self.config.emulated_step_ms / 1e3
+        while (missing_s := ends_s - self._clock()) > 0:
+            self._sleep(min(missing_s, _EMULATED_LOOK_S))
+            self._exchange.check()
 
     @torch.inference_mode()
     def _compute(self, work: StepWork) -> list[Sampled]:

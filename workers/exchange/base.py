@@ -67,6 +67,10 @@ class Exchange(Protocol):
         """Wake every member that waits; on a closed exchange, nothing."""
         ...
 
+    def check(self) -> None:
+        """Look, without waiting, whether all members are there, as far as that can be known."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -146,6 +150,9 @@ class BaseExchange(ABC):
         if not self._closed:
             self._alive()  # not `_usable`: other threads ring while a dispatch is pending
             self._ring()
+
+    def check(self) -> None:
+        self._usable()
 
     @abstractmethod
     def _gather(self, row: Sequence[int]) -> list[list[int]]: ...

@@ -85,6 +85,11 @@ class SharedMemoryExchange(BaseExchange):
             self._closed = True
             self._members.leave()
 
+    def check(self) -> None:
+        super().check()
+        self._members.beat()
+        self._raise(self._members.verdict() or self._members.dead())
+
     def _gather(self, row: Sequence[int]) -> list[list[int]]:
         mine = array("q", row)
         n, row_bytes = len(mine), 8 * len(mine)
