@@ -38,7 +38,7 @@ PICTURED = (2, 1)  # one transition with everything in it: room, weights, the sw
 CLIENTS = {"demo": 8, "large": 4}
 EMULATED_STEP_MS = {"demo": 15.0, "large": 150.0}  # at least, and
 STEPS_OF_THEIR_OWN = 2.5  # times the longest step that computing took in the same run
-EMULATED_ROUNDS = 2  # of changes per repeat: they are quick, and a window of few steps is noisy
+EMULATED_ROUNDS = 2  # of changes and kills per repeat: they are quick, and a window of few steps is noisy
 _NOT_WORTH_IT = {("demo", "reserved"), ("demo", "emulated_reserved")}
 _CHECKPOINTS: dict[str, Callable[[Path], tuple[Path, str]]] = {"demo": demo_checkpoint, "large": large_checkpoint}
 
@@ -52,7 +52,7 @@ class Options:
     checkpoints, modes : tuple of str
     repeats, other_repeats : int
         Of changes and kills; and of the other ways to another size, which take three times as long. With emulated
-        steps changes are measured twice as often.
+        steps changes and kills are measured twice as often.
     threads : int
         Compute threads of each worker.
     quick : bool
@@ -82,7 +82,7 @@ class Options:
         return [mode for mode in self.modes if (checkpoint, mode) not in _NOT_WORTH_IT]
 
     def rounds(self, mode: Mode) -> int:
-        """How often changes are measured."""
+        """How often changes and kills are measured."""
         return self.repeats * (EMULATED_ROUNDS if emulates(mode) else 1)
 
     def pictured(self, checkpoint: str) -> Mode | None:
@@ -126,7 +126,7 @@ class Bench:
         try:
             for repeat in range(options.rounds(mode)):
                 numbered = {**labels, "repeat": repeat}
-                await self._changes(session, numbered, kills=repeat < options.repeats)
+                await self._changes(session, numbered)
                 if repeat < options.other_repeats:
                     await self._other_ways(session, numbered)
             if mode == options.pictured(name):
@@ -155,10 +155,10 @@ class Bench:
             for row in serve_restarts(config, self.options.changes):
                 self._keep({**labels, "repeat": repeat, **row})
 
-    async def _changes(self, session: Session, labels: Row, *, kills: bool) -> None:
+    async def _changes(self, session: Session, labels: Row) -> None:
         for workers in self.options.changes:
             await self._note(labels, change(session, workers))
-            if workers == 2 and kills:
+            if workers == 2:
                 await self._note(labels, killed_worker(session))
                 if not self.options.quick:
                     await self._note(labels, killed_owner(session))
