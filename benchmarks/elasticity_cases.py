@@ -102,13 +102,15 @@ async def change(session: Session, workers: int) -> Row:
     refilled_s = time.monotonic()
     after = await session.steady(workers)
     later_step_s = median_step_s(await running.step_ends_s(after.begin_s), after)
+    await asyncio.sleep(2 * later_step_s)  # until tokens have come that were being made as the window ended
     return {
         "case": "change",
         "change": f"{before_workers}_to_{workers}",
         **_times(answer, refilled_s),
+        "first_step_s": _first_step_s(steps, answer, later_step_s),
         **_pause(steps, answer, before, later_step_s),
         **_silence(load, answer, before),
-        **_throughput(load, answer, before, after, refilled_s),
+        **_throughput(load, answer, before, after, refilled_s, workers > before_workers),
         **_sides_of_commit(load, answer, before, after),
         **_memory(session, answer, before, after),
         **moved_bytes(pools, settled),
@@ -124,6 +126,12 @@ def _times(answer: Answer, refilled_s: float) -> Row:
         "end_s": answer.ended_s - answer.asked_s,
         "standby_again_s": refilled_s - answer.asked_s,
     }
+
+
+def _first_step_s(steps: Steps, answer: Answer, later_step_s: float) -> float:
+    """From the request to the end of the new generation's first step: other ways are timed to their first token."""
+    own_s = answer.committed_s + later_step_s / 2  # the step before ended just before the commit was noted
+    return min(end_s for ends_s in steps for end_s in ends_s if end_s > own_s) - answer.asked_s
 
 
 def _pause(steps: Steps, answer: Answer, before: Window, later_step_s: float) -> Row:
@@ -163,21 +171,24 @@ def _windows(answer: Answer, before: Window) -> tuple[Window, Window]:
     return during, Window(max(before.begin_s, before.end_s - during.seconds), before.end_s)
 
 
-def _throughput(load: Load, answer: Answer, before: Window, after: Window, refilled_s: float) -> Row:
+def _throughput(load: Load, answer: Answer, before: Window, after: Window, refilled_s: float, grown: bool) -> Row:
     """During is from request to end. Expected is the steady rate before until the commit, the one after from then.
 
-    Lost is the time that serving stood still, as it were: the tokens that are missing, by the expected rate.
+    Lost is the time that serving stood still, as it were: the tokens that are missing, by the expected rate. And the
+    same for the time from the end until another standby has come where one was used, which is by the rate after.
     """
     during = Window(answer.asked_s, answer.ended_s)
     refill = Window(answer.ended_s, refilled_s)
     old, new, now = (spread_tokens_per_s(load.arrivals, window) for window in (before, after, during))
     committed_s = answer.committed_s - answer.asked_s
     expected = (old * committed_s + new * (during.seconds - committed_s)) / during.seconds
+    while_it_starts = spread_tokens_per_s(load.arrivals, refill)
     return {
         "tokens_per_s_before": old,
         "tokens_per_s_during": now,
         "tokens_per_s_after": new,
-        "tokens_per_s_standby_starting": tokens_per_s(load.arrivals, refill),
+        "tokens_per_s_standby_starting": while_it_starts,
+        **({"standby_lost_ms": refill.seconds * (1 - while_it_starts / new) * 1e3} if grown else {}),
         "throughput_during_over_before": now / old,
         "throughput_during_over_expected": now / expected,
         "lost_ms": during.seconds * (1 - now / expected) * 1e3,

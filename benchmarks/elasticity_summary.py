@@ -13,6 +13,8 @@ _CHANGE = {
     "plan_s": "plan_s",
     "commit_s": "commit_s",
     "end_s": "end_s",
+    "first_step_s": "first_step_s",
+    "standby_again_s": "standby_again_s",
     "step_ms": "median_step_ms",
     "later_step_ms": "median_step_afterwards_ms",
     "pause_ms": "pause_ms",
@@ -29,6 +31,7 @@ _CHANGE = {
     "throughput_until_commit_over_before": "throughput_until_commit_over_before_ratio",
     "throughput_from_commit_over_after": "throughput_from_commit_over_after_ratio",
     "lost_ms": "serving_lost_ms",
+    "standby_lost_ms": "serving_lost_as_the_next_standby_starts_ms",
     "peak_over_steady": "peak_over_steady_ratio",
     "pool_peak_over_steady": "pool_peak_over_steady_ratio",
 }
@@ -82,21 +85,28 @@ def _bytes(label: str, rows: Sequence[Row]) -> dict[str, float]:
     moving = [row for row in rows if row["planned_bytes"]]
     if moving:
         copied = median(row["copied_bytes"] / row["planned_bytes"] for row in moving)
-        more = median((row["pool_peak_bytes"] - row["pool_steady_bytes"]) / row["planned_bytes"] for row in moving)
         out[f"copied_over_planned_ratio_{label}"] = round(copied, 4)
-        out[f"pool_peak_less_steady_over_planned_ratio_{label}"] = round(more, 4)
+        for part in ("", "pool_"):
+            more = [(row[f"{part}peak_bytes"] - row[f"{part}steady_bytes"]) / row["planned_bytes"] for row in moving]
+            out[f"{part}peak_less_steady_over_planned_ratio_{label}"] = round(median(more), 4)
+            out[f"{part}peak_less_steady_over_planned_at_most_ratio_{label}"] = round(max(more), 4)
     return out
 
 
 def _speedups(figures: Mapping[str, float]) -> dict[str, float]:
-    """How many times sooner our commit comes than the other ways serve, and later than the bytes could be there."""
+    """How many times sooner our commit comes than the other ways serve, and later than the bytes could be there.
+
+    The other ways end with a token, a commit at a boundary: so also from request to the end of our first step.
+    """
     out = {}
     for key, commit_s in figures.items():
         label = key.removeprefix("commit_s_")
+        step_s = figures.get(f"first_step_s_{label}", commit_s)
         for way in _WAYS:
             other_s = figures.get(f"{way}_serving_s_{label}")
             if label != key and other_s is not None:
                 out[f"{way}_over_commit_ratio_{label}"] = round(other_s / commit_s, 1)
+                out[f"{way}_over_first_step_ratio_{label}"] = round(other_s / step_s, 1)
         copy_s = figures.get(f"bare_copy_s_{label}")
         if label != key and copy_s:
             out[f"commit_over_bare_copy_ratio_{label}"] = round(commit_s / copy_s, 2)

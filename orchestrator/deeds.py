@@ -22,6 +22,7 @@ from .core.facts import (
     Free,
     HandOver,
     OpenStore,
+    Park,
     Prepare,
     ResizeKV,
     StartOwner,
@@ -94,6 +95,9 @@ class Deeds:
             case Abandon():
                 member = self.registry.worker(effect.worker)
                 return self._told(member, member.handle.abandon(effect.generation))
+            case Park():
+                member = self.registry.worker(effect.worker)
+                return self._told(member, member.handle.park(effect.generation))
             case HandOver():
                 return self.kv.hand_over(effect)
             case StopWorker():

@@ -139,6 +139,16 @@ class Service:
             self.engine.retire()
             self._end(Retired(generation))
 
+    def runs(self, generation: int) -> bool:
+        """Whether it makes steps in that generation, or waits to."""
+        return generation == self.part.generation and isinstance(self.state, Running)
+
+    def give_up(self, generation: int) -> None:
+        """Have the engine stop, if it runs that generation, as after the loss of a peer."""
+        part = self.part
+        if part.generation == generation:
+            part.exchange.give_up("the controller knows that a member is lost")
+
     def offers(self, generation: int) -> bool:
         """Whether it runs and is ready for a generation that has not come."""
         return generation == self._offered and isinstance(self.state, Running)

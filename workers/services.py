@@ -189,6 +189,11 @@ class WorkerService:
         self._worker.wait_for_boundary(generation, _BOUNDARY_S)
         return self._worker.report()
 
+    def park(self, generation: int) -> WorkerReport:
+        """Waits until it stands still, as `commit` does for the boundary."""
+        self._worker.park(generation, _BOUNDARY_S)
+        return self._worker.report()
+
     def kv_pages(self) -> tuple[int, ...]:
         return self._worker.kv_pages()
 

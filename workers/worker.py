@@ -141,6 +141,18 @@ class Worker:
             with self._changed:
                 self._changed.wait_for(lambda: not service.offers(generation), timeout_s)
 
+    def park(self, generation: int, timeout_s: float) -> None:
+        """Stop with all sequences in a generation that has lost a member, as if its exchange had told.
+
+        Returns once that has happened, or after ``timeout_s``: it does as soon as the engine looks around. Nothing
+        happens if another generation runs.
+        """
+        service = self._service
+        if service is not None:
+            service.give_up(generation)
+            with self._changed:
+                self._changed.wait_for(lambda: not service.runs(generation), timeout_s)
+
     def kv_pages(self) -> tuple[int, ...]:
         """Pages of the KV blocks mapped now, block by block."""
         kv = self._kv

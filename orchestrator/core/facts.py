@@ -146,6 +146,15 @@ class Abandon:
 
 
 @dataclass(frozen=True, slots=True)
+class Park:
+    """Stop in a generation that has lost a member, which may not show in its exchange. One that has come to another
+    generation goes on."""
+
+    worker: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class HandOver:
     """Let ``heir`` take over the KV of a device that no generation has any more, then free the rest of it.
 
@@ -182,6 +191,7 @@ Effect = (
     | Prepare
     | Commit
     | Abandon
+    | Park
     | HandOver
     | StopWorker
     | Free

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ...workers.generation import kv_key
-from .facts import Fill, Prepare, Snapshot, StartOwner, WorkerFact
+from .facts import Fill, Park, Prepare, Snapshot, StartOwner, WorkerFact
 from .layout import Layout
 from .state import Record, State
 
@@ -63,6 +63,20 @@ def _why_out(fact: WorkerFact | None, generations: tuple[int, ...]) -> str:
     if fact.failed or fact.parked:
         return fact.failed or fact.parked
     return "" if fact.serving in generations else "it has left"
+
+
+def unaware(state: State, snapshot: Snapshot) -> Iterator[Park]:
+    """Members that may wait, for as long as their exchange lets them, for one that is lost.
+
+    Between machines nothing says that one has fallen silent. On one machine everybody knows who has died.
+    """
+    for record in (state.serving, state.pending.record if state.pending is not None else None):
+        if record is None or not needs_store(record.layout):
+            continue
+        facts = {worker: usable(snapshot, worker) for worker in record.workers}
+        here = {worker: fact for worker, fact in facts.items() if fact is not None and fact.serving == record.id}
+        if None in facts.values() or any(fact.parked for fact in here.values()):
+            yield from (Park(worker, record.id) for worker, fact in here.items() if not fact.parked)
 
 
 def filled(record: Record, snapshot: Snapshot) -> bool:

@@ -25,7 +25,7 @@ from .facts import (
     StopOwner,
     StopWorker,
 )
-from .health import broken, filled, joins, missing, missing_pools, usable
+from .health import broken, filled, joins, missing, missing_pools, unaware, usable
 from .layout import Layout
 from .leftovers import leftovers, resizes, standbys, strays, yields
 from .operations import ahead, committed, end, next_layout
@@ -230,6 +230,7 @@ def _is_clear(state: State, snapshot: Snapshot) -> bool:
 def _effects(state: State, snapshot: Snapshot) -> tuple[State, list[Effect]]:
     effects: list[Effect] = [StopWorker(w) for w, fact in sorted(snapshot.workers.items()) if fact.failed]
     effects += [StopOwner(pool) for pool, fact in sorted(snapshot.pools.items()) if fact.failed]
+    effects += unaware(state, snapshot)
     if state.serving is not None:
         effects += missing_pools(state.serving, snapshot)
     if state.pending is not None:

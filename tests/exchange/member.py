@@ -39,8 +39,9 @@ def main() -> None:
             result: Any = None
             if command["do"] == "join":
                 exchange = join(**command["args"])
-            elif command["do"] == "leave" and exchange is not None:
-                exchange.close()
+            elif command["do"] == "leave":
+                if exchange is not None:
+                    exchange.close()
                 exchange = None
             else:
                 result = ALL[command["do"]](exchange, **command["args"])

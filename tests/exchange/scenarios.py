@@ -140,9 +140,16 @@ def idle_cpu(ex: Exchange, idle_s: float) -> float:
     return used
 
 
-def until_lost(ex: Exchange, rows: int = 3, width: int = 64, nap_s: float = 0.0) -> list[Any]:
-    """Exchange until a peer is lost: its rank, the reason, and whether each later call says the same."""
+def until_lost(
+    ex: Exchange, rows: int = 3, width: int = 64, nap_s: float = 0.0, told_s: float | None = None
+) -> list[Any]:
+    """Exchange until a peer is lost: its rank, the reason, and whether each later call says the same.
+
+    After ``told_s`` somebody else says so.
+    """
     x = torch.ones(rows * ex.size, width)
+    if told_s is not None:
+        threading.Timer(told_s, ex.give_up, ["so it was told"]).start()
     try:
         while True:
             got, splits = ex.dispatch(x, [rows] * ex.size)

@@ -60,6 +60,24 @@ def test_stopped(crew: Crew, kind: str) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize("kind", KINDS)
+def test_told_of_a_silent_member(crew: Crew, kind: str) -> None:
+    """Nothing shows in the exchange for two and a half minutes, and nobody waits for these to leave it either."""
+    crew.join(kind, 3, timeout_s=150.0)
+    crew.start("until_lost", told_s=1.0)
+    time.sleep(0.2)
+    crew.members[1].signal(signal.SIGSTOP)
+    for rank, reason, poisoned in crew.answers([0, 2]):
+        assert (rank, reason, poisoned) == (-1, "so it was told", True)
+    for member in (0, 2):
+        crew.members[member].send("leave", {})
+    crew.answers([0, 2])
+    crew.members[1].signal(signal.SIGCONT)
+    crew.answers([1])
+    crew.leave()
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize("what", ["idle_until_lost", "look_until_lost"])
 def test_killed_while_all_sleep(crew: Crew, what: str) -> None:
     crew.join("shared", 3, timeout_s=150.0)

@@ -12,6 +12,7 @@ from concertina.orchestrator.core.facts import (
     Free,
     HandOver,
     OpenStore,
+    Park,
     Prepare,
     ResizeKV,
     StartOwner,
@@ -54,6 +55,8 @@ def deed(world: World, effect: Effect) -> Deed:
             return _commit(world, effect)
         case Abandon():
             return _abandon(world, effect)
+        case Park():
+            return _park(world, effect)
         case HandOver():
             return hand_over(world, effect)
         case StopWorker():
@@ -231,6 +234,13 @@ def _abandon(world: World, effect: Abandon) -> Deed:
     worker.abandoned.add(effect.generation)
     worker.prepared.pop(effect.generation, None)
     worker.let_go_if_idle()
+
+
+def _park(world: World, effect: Park) -> Deed:
+    yield CALLED
+    worker = yield from answering(world, effect.worker)
+    if worker.runs and worker.serving == effect.generation:
+        worker.parked = "it was told that a peer is lost"
 
 
 def _stop_worker(world: World, effect: StopWorker) -> Deed:

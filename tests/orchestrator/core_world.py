@@ -255,6 +255,13 @@ class World:
             return True  # it was started anew: members switch together
         return worker.serving == generation and bool(worker.parked)
 
+    def _sees_a_loss(self, generation: int) -> bool:
+        """Not that of a machine that sends nothing any more: only who shares its memory would see that."""
+        record = self.records[generation]
+        lost = [rank for rank, name in enumerate(record.workers) if self.lost_to(name, generation)]
+        near = record.layout.exchange == "shared"
+        return any(near or record.layout.seats[rank].node in self.nodes_alive for rank in lost)
+
     def running(self) -> set[int]:
         """Generations that a worker runs."""
         return {worker.serving for worker in self.workers.values() if worker.runs}
@@ -301,11 +308,7 @@ class World:
 
     def park_somebody(self) -> None:
         """Somebody notices that a member of its generation is lost."""
-        stuck = [
-            w
-            for w in self.workers.values()
-            if w.runs and any(self.lost_to(name, w.serving) for name in self.records[w.serving].workers)
-        ]
+        stuck = [w for w in self.workers.values() if w.runs and self._sees_a_loss(w.serving)]
         if stuck:
             self.order.choice(stuck).parked = "a peer was lost"
 

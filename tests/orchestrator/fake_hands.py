@@ -184,6 +184,12 @@ class FakeWorker:
             self.kv = assignment.device.pages[kv_key(self.device)]
         return await self.report()
 
+    async def park(self, generation: int) -> WorkerReport:
+        await self._alive()
+        if self.serving == generation:
+            self.parked = "told"
+        return await self.report()
+
     async def kv_pages(self) -> tuple[int, ...]:
         await self._alive()
         return self.kv

@@ -12,6 +12,7 @@ from concertina.orchestrator.core.facts import (
     Commit,
     Free,
     HandOver,
+    Park,
     PoolFact,
     Prepare,
     ResizeKV,
@@ -150,8 +151,22 @@ def test_kv_whose_extent_has_too_many_pages_is_made_to_agree():
     assert step(State(serving=record), untidy).effects == (ResizeKV("worker-0", blocks),)
 
 
-def _at_rest(mode: str, standbys: int) -> tuple[State, Snapshot]:
-    layout = make_layout(TWO, memory_mode=mode)
+@pytest.mark.parametrize("exchange", ["shared", "gloo"])
+def test_who_cannot_see_that_a_peer_is_lost_is_told(exchange):
+    """A machine that falls silent closes no connection: the others would wait for it."""
+    state, snapshot = _at_rest("shared", 0, exchange)
+    serves, fact = step(state, snapshot), snapshot.workers["worker-1"]
+    assert not any(isinstance(e, Park) for e in serves.effects)
+    seen = replace(snapshot, workers={"worker-1": fact})
+    told = [e for e in step(state, seen).effects if isinstance(e, Park)]
+    assert told == ([Park("worker-1", 1)] if exchange == "gloo" else [])
+    for knows in (replace(fact, parked="a peer was lost"), replace(fact, failed="hangs"), replace(fact, serving=7)):
+        decided = step(state, replace(seen, workers={"worker-1": knows}))
+        assert not any(isinstance(e, Park) for e in decided.effects), knows
+
+
+def _at_rest(mode: str, standbys: int, exchange: str = "shared") -> tuple[State, Snapshot]:
+    layout = make_layout(TWO, exchange, memory_mode=mode)
     record = Record(1, layout, ("worker-0", "worker-1"))
     pools = {
         pool: PoolFact("a", "", {r.key: (0,) * r.pages for r in requests})

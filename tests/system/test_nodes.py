@@ -72,6 +72,14 @@ def vanish(cluster: Cluster, node: Any) -> None:
     cluster.remove_node(node, allow_graceful=False)
 
 
+def silence(node: Any) -> list[Process]:
+    """As if its network had failed: connections stay, and nothing comes any more. Returns whom to kill afterwards."""
+    everything = processes(node)
+    for process in everything:
+        os.kill(process.pid, signal.SIGSTOP)
+    return everything
+
+
 @contextmanager
 def deployed(checkpoint: Path, name: str, **fields: Any) -> Iterator[tuple[DeploymentConfig, Any]]:
     """Configuration and controller of a deployment that serves."""
@@ -182,6 +190,31 @@ async def lose(streams: Streams, controller: Any, cluster: Cluster, node: Any) -
     assert streams.resumed
     print(f"silence when a node vanished: {streams.silent_s:.2f} s")
     return status
+
+
+def test_a_node_that_falls_silent_is_not_waited_for_in_the_exchange(checkpoint: Path, cluster: Cluster) -> None:
+    """Two of three nodes go on; over gloo they would have waited for the third one for half an hour."""
+
+    async def go(config: DeploymentConfig, controller: Any, lost: Any) -> None:
+        async with Streams.of(config.name, config.token) as streams:
+            status = await settled(controller, 3)
+            assert (status.exchange, len(nodes_of(status))) == ("gloo", 3)
+            await streams.more(6)
+            stopped = await asyncio.to_thread(silence, lost)
+            try:
+                left = await settled(controller, 2)
+                assert lost.node_id not in nodes_of(left)
+                await streams.more(6)
+                print(f"silence when a node fell silent: {streams.silent_s:.2f} s")
+            finally:
+                for process in stopped:
+                    os.kill(process.pid, signal.SIGKILL)
+            await asyncio.to_thread(cluster.remove_node, lost, False)
+
+    nodes = [cluster.add_node(**NODE) for _ in range(2)]
+    with deployed(checkpoint, "silent", workers=3, exchange_timeout_s=1800.0) as (config, controller):
+        asyncio.run(go(config, controller, nodes[1]))
+    cluster.remove_node(nodes[0])
 
 
 def test_experts_with_replicas_need_not_be_loaded_when_a_node_vanishes(

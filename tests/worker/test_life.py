@@ -236,6 +236,22 @@ def test_a_failed_worker_is_replaced_and_the_others_recover(make_site: MakeSite,
             assert stream.cached_tokens == len(stream.prompt) - 1
 
 
+def test_a_worker_is_told_that_a_peer_is_lost(make_site: MakeSite, hire: Hire, loaded: Loaded) -> None:
+    site, workers = make_site("a", "b"), [hire(), hire()]
+    number = bring(workers, site.generation(["a", "b"]))
+    with clients() as client:
+        streams = start_all(client, workers, 60)
+        workers[0].worker.park(number + 1, 0.01)
+        assert workers[0].worker.report().parked == "", "another generation"
+        workers[0].worker.park(number, 20.0)
+        assert "the controller knows that a member is lost" in workers[0].worker.report().parked
+        until(workers[1], lambda r: r.parked)
+        bring(workers, site.generation(["a", "b"]))
+        workers[0].worker.park(number, 0.01)
+        assert all(stream.finished() == "length" and right(stream, loaded) for stream in streams)
+        assert workers[0].worker.report().parked == ""
+
+
 def test_an_engine_that_hangs_is_told_from_one_that_waits_for_it(make_site: MakeSite, hire: Hire) -> None:
     """Both processes answer; one engine is stuck in what it does at a boundary, the other one in the exchange."""
     site, workers = make_site("a", "b"), [hire(), hire()]

@@ -26,8 +26,8 @@ class Pending(Protocol):
 class Exchange(Protocol):
     """Rows and small agreements between the members of one generation.
 
-    All members make the same collective calls in the same order, from one thread each; `ring` and `close`
-    may come from any thread. Every method raises `PeerLost` once a member has died, hung or left,
+    All members make the same collective calls in the same order, from one thread each; `ring`, `give_up`
+    and `close` may come from any thread. Every method raises `PeerLost` once a member has died, hung or left,
     and goes on raising it: a broken exchange is replaced, never repaired.
     """
 
@@ -69,6 +69,10 @@ class Exchange(Protocol):
 
     def check(self) -> None:
         """Look, without waiting, whether all members are there, as far as that can be known."""
+        ...
+
+    def give_up(self, reason: str) -> None:
+        """From any thread: a member is lost, which may not show here. Who waits notices when it looks around."""
         ...
 
     def close(self) -> None: ...
@@ -153,6 +157,9 @@ class BaseExchange(ABC):
 
     def check(self) -> None:
         self._usable()
+
+    def give_up(self, reason: str) -> None:
+        self._fail(PeerLost(-1, reason))
 
     @abstractmethod
     def _gather(self, row: Sequence[int]) -> list[list[int]]: ...

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, cast
@@ -21,6 +22,7 @@ from .store_bell import StoreBell
 
 GroupBackend = Literal["gloo", "nccl"]
 _POLL_S = 0.002
+_LOOK_S = 0.25  # who waits notices so late that a member was given up
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +132,8 @@ def _nccl(store: Store, rank: int, size: int, timeout: timedelta, device: torch.
 class GroupExchange(BaseExchange):
     """All-to-all of a process group; the doorbell is a counter in the store.
 
-    A lost peer shows as an error of the group, which cannot say who it was: `PeerLost` has rank -1. A hung
-    one is noticed after ``timeout_s``.
+    A lost peer shows as an error of the group, which cannot say who it was: `PeerLost` has rank -1. One that hangs,
+    or whose machine is silent, is noticed after ``timeout_s``; with gloo soon after `give_up`.
 
     Parameters
     ----------
@@ -158,7 +160,8 @@ class GroupExchange(BaseExchange):
         host: str = "",
     ) -> None:
         super().__init__(rank, size, timeout_s)
-        self._timeout = timedelta(seconds=timeout_s)
+        self._look_s = _LOOK_S if backend == "gloo" else timeout_s  # NCCL would abort what takes longer
+        self._unended: dist.Work | None = None  # the last operation, while its end has not been seen
         self._device = torch.device("cpu") if backend == "gloo" else torch.device("cuda", torch.cuda.current_device())
         store = rendezvous.connect(timeout_s)
         with _peers_may_be_lost("did not form a group"):
@@ -167,11 +170,16 @@ class GroupExchange(BaseExchange):
         self._bell = StoreBell(rendezvous.connect(timeout_s), rendezvous.connect(timeout_s))
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._bell.close()
+        if self._closed:
+            return
+        self._closed = True
+        self._bell.close()
+        group, work = self._group, self._unended
+        if work is None:
             with self._poisoning(), _peers_may_be_lost("ended while the group was closed"):
-                self._group.shutdown()
+                group.shutdown()
+        else:  # nothing can break it off, and who ends the group before, or lets go of it, waits for that
+            threading.Thread(target=_end_later, args=(group, work), name="group-end", daemon=True).start()
 
     def _gather(self, row: Sequence[int]) -> list[list[int]]:
         mine = torch.tensor(row, dtype=torch.int64, device=self._device)
@@ -217,6 +225,7 @@ class GroupExchange(BaseExchange):
             return out, None
         with self._poisoning(), _peers_may_be_lost("did not take part in an exchange"):
             work = self._group.alltoall_base(_bytes(out), _bytes(x), list(out_splits), list(in_splits))
+        self._unended = work
         return out, work
 
     def _finish(self, work: dist.Work | None) -> None:
@@ -226,7 +235,20 @@ class GroupExchange(BaseExchange):
 
     def _await(self, work: dist.Work) -> None:
         """Block until done. With a time-out, NCCL's wait blocks the CPU too, and so notices lost peers."""
-        work.wait(self._timeout)
+        self._unended = work
+        end_s = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                work.wait(timedelta(seconds=self._look_s))
+                break
+            except RuntimeError:
+                if work.is_completed():
+                    self._unended = None
+                    raise  # its own error
+                self._alive()
+                if time.monotonic() > end_s:
+                    raise
+        self._unended = None
 
     def _check_device(self, x: Tensor) -> None:
         if x.device.type != self._device.type:
@@ -238,6 +260,14 @@ class GroupExchange(BaseExchange):
             yield
         except PeerLost as lost:
             raise self._fail(lost) from lost.__cause__
+
+
+def _end_later(group: ProcessGroup, work: dist.Work) -> None:
+    """Keep a group until its last operation has ended."""
+    with suppress(RuntimeError):  # it has failed, as was known
+        work.wait()
+    with suppress(RuntimeError):
+        group.shutdown()
 
 
 class _Dispatch:

@@ -119,7 +119,7 @@ class SharedMemoryExchange(BaseExchange):
 
     def _sleep(self, seen: int, timeout_s: float) -> None:
         end_s = time.monotonic() + timeout_s
-        while self._doorbell.value == seen and not self._closed:
+        while self._doorbell.value == seen and not self._closed and self._lost is None:
             left_s = end_s - time.monotonic()
             if left_s <= 0:
                 return
@@ -142,6 +142,7 @@ class SharedMemoryExchange(BaseExchange):
             self._raise(self._members.verdict())
             if self._closed:
                 raise InternalError("exchange: it was closed during a call")
+            self._alive()
             idle = 0 if moved else idle + 1
             if moved:
                 patience.renew()
