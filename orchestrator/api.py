@@ -15,6 +15,7 @@ from typing import Any, Literal, overload
 import ray
 
 from . import remote
+from .config import DEFAULT_NAME
 from .preview import Preview
 from .status import DeploymentStatus, OperationStatus
 from .tokens import find_token
@@ -41,7 +42,7 @@ class Deployment:
         for cannot be.
     """
 
-    def __init__(self, name: str = "concertina", address: str | None = None, token: str | None = None) -> None:
+    def __init__(self, name: str = DEFAULT_NAME, address: str | None = None, token: str | None = None) -> None:
         self.name = name
         self._given = token
         if not ray.is_initialized():
@@ -58,7 +59,7 @@ class Deployment:
         Asked again while it is under way, it returns the same operation.
         """
         if dry_run:
-            seen: Preview = self._call("scale", self._token(), workers, True)
+            seen: Preview = self._call("scale", workers, True)
             return seen
         return self._started(wait, "scale", workers)
 
@@ -76,17 +77,17 @@ class Deployment:
 
     def undrain(self, node: str) -> str:
         """Let a drained node take workers again; its id."""
-        found: str = self._call("undrain", self._token(), node)
+        found: str = self._call("undrain", node)
         return found
 
     def cancel(self, operation: str) -> OperationStatus:
         """Withdraw an operation of which nothing has been committed; it leaves no trace."""
-        status: OperationStatus = self._call("cancel", self._token(), operation)
+        status: OperationStatus = self._call("cancel", operation)
         return status
 
     def operation(self, operation: str, wait_s: float = 0.0) -> OperationStatus:
         """How far an operation is; waits up to ``wait_s`` seconds for its end."""
-        status: OperationStatus = self._call("operation", self._token(), operation, wait_s, wait_s=wait_s)
+        status: OperationStatus = self._call("operation", operation, wait_s, wait_s=wait_s)
         return status
 
     def operations(self) -> tuple[OperationStatus, ...]:
@@ -110,15 +111,13 @@ class Deployment:
         return remote.deployment_status(self.name)
 
     def _started(self, wait: bool, method: str, *args: object) -> OperationStatus:
-        status: OperationStatus = self._call(method, self._token(), *args)
+        status: OperationStatus = self._call(method, *args)
         return self.wait(status.id) if wait and status.state == "running" else status
-
-    def _token(self) -> str:
-        return find_token(self.name, self._given)
 
     def _call(self, method: str, *args: object, wait_s: float = 0.0) -> Any:
         """The controller's answer, which may take ``wait_s``; where that does no harm, its restart is waited for."""
         remote_method = getattr(remote.find_controller(self.name), method).remote
+        token = find_token(self.name, self._given)
         if method in _TWICE:
-            return remote.ask_again(lambda: remote_method(*args), remote.PATIENCE_S + wait_s)
-        return remote.ask(remote_method(*args))
+            return remote.ask_again(lambda: remote_method(token, *args), remote.PATIENCE_S + wait_s)
+        return remote.ask(remote_method(token, *args))

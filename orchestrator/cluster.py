@@ -12,7 +12,7 @@ from ..errors import InternalError, Unreachable
 from ..workers.owner_roles import OwnerConfig, OwnerReport
 from ..workers.pages.transfer import PageSource
 from ..workers.roles import WorkerReport
-from .core.facts import Abandon, Commit, Effect, Fault, Fill, Free, PoolFact, Prepare, Snapshot, WorkerFact
+from .core.facts import Abandon, Commit, Effect, Fault, Fill, Free, Park, PoolFact, Prepare, Snapshot, WorkerFact
 from .hands import Hands, NodeInfo, OwnerHandle, WorkerHandle
 
 _log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ _WATCH_S = 10.0
 _PATIENCE_S = 0.25  # for the answer of a worker, before a decision is made without it
 _RETRY_S = 1.0  # before one that could not be reached is called again
 _RECENT_S = 0.1  # for which a process's word stands, unless something was done to it
-_TELLING = (Abandon, Commit, Fill, Free, Prepare)  # effects on one process, which says how it is afterwards
+_TELLING = (Abandon, Commit, Fill, Free, Park, Prepare)  # effects on one process, which says how it is afterwards
 
 
 @dataclass(slots=True)

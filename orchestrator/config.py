@@ -13,6 +13,7 @@ from ..planners.cluster import Device
 from .core.inventory import Entry, Inventory, Kind
 
 NAMESPACE = "concertina"
+DEFAULT_NAME = "concertina"  # of a deployment
 ANY_NODE = "node0"  # what a cluster file says of devices whose node it does not name
 Exchange = Literal["auto", "shared", "gloo"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -142,7 +143,7 @@ class DeploymentConfig:
 
     checkpoint: str
     workers: int = 1
-    name: str = "concertina"
+    name: str = DEFAULT_NAME
     dtype: Dtype = "auto"
     exchange: Exchange = "auto"
     placement_file: str | None = None

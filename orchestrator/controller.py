@@ -250,6 +250,7 @@ class Controller:
         devices there that are leaving already. If there are no others, the operation under way is not disturbed.
         """
         self._admit(token)
+        _check_name("drain", device)
         if deadline_s is not None and not (isinstance(deadline_s, Real) and 0 <= deadline_s < inf):
             raise OperatorError(f"deadline: {deadline_s!r}; expected seconds, 0 or more")
         replanner = self._serving()
@@ -269,6 +270,7 @@ class Controller:
     async def undrain(self, token: str, name: str) -> str:
         """Let a drained node take devices again; its id. Raises `OperatorError`: no such node, or a wrong token."""
         self._admit(token)
+        _check_name("undrain", name)
         nodes = self._cluster.nodes
         hosts = {node: nodes[node].host if node in nodes else "" for node in sorted(self._state.cordoned)}
         found = nodes_called(name, hosts)
@@ -442,6 +444,11 @@ class Controller:
     def _ended(self, effect: Effect, failed: bool) -> None:
         self._cluster.touch(effect, failed=failed)  # a failure is perhaps by somebody's death
         self._woken()
+
+
+def _check_name(what: str, name: object) -> None:
+    if not isinstance(name, str):
+        raise OperatorError(f"{what}: {name!r}; expected the name of a device or node")
 
 
 def _change(base: Layout, way: tuple[Layout, ...]) -> str:

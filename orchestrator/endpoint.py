@@ -126,6 +126,8 @@ def check_port_free(endpoint: EndpointOptions) -> None:
         with socket.socket(family, kind, protocol) as s:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             s.bind(address)
+    except UnicodeError as e:
+        raise OperatorError(f"host: {endpoint.host!r}; expected an address or a name of this machine") from e
     except OSError as e:
         where = endpoint.url.removeprefix("http://")
         raise OperatorError(f"port: cannot listen on {where} ({e.strerror}); choose another --port") from e
@@ -145,7 +147,7 @@ def check_serve(config: DeploymentConfig) -> None:
     if serves is None:
         check_port_free(config.endpoint)
         return
-    listens = _ask_serve("get_http_config").port
+    listens = _http_port()
     if listens != config.endpoint.port:
         raise OperatorError(
             f"port: {config.endpoint.port}: Ray Serve runs in this cluster already; expected its port, {listens} "
@@ -166,10 +168,20 @@ def _applications() -> dict[str, str] | None:
     except (ValueError, ray.exceptions.RayActorError):  # it was not, or is no longer
         return None
     except ray.exceptions.RayError as e:
-        raise OperatorError(
-            f"endpoint: Ray Serve runs in this cluster and gives no answer: {remote.one_line(e)}"
-        ) from e
+        raise _no_answer(e) from e
     return {name: application["route_prefix"] for name, application in found.items()}
+
+
+def _http_port() -> int:
+    try:
+        port: int = _ask_serve("get_http_config").port
+    except (ValueError, ray.exceptions.RayError) as e:
+        raise _no_answer(e) from e
+    return port
+
+
+def _no_answer(error: Exception) -> OperatorError:
+    return OperatorError(f"endpoint: Ray Serve runs in this cluster and gives no answer: {remote.one_line(error)}")
 
 
 def _ask_serve(call: str) -> Any:

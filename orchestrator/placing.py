@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, inf
 
 import numpy as np
@@ -115,8 +115,15 @@ def better_placement(site: Site, loads: Loads, current: Placement, horizon_s: fl
     found = replan(problem, ReplanRules(stop=StoppingRule(time_limit_s=_TIME_LIMIT_S, now=now)))
     if isinstance(found, Infeasible):
         return Verdict(None, f"stay: {found}")
-    way = plan_migration(MigrationProblem(problem.cluster, site.model, current, found.placement))
+    way = plan_migration(MigrationProblem(_roomy(problem.cluster, site.model), site.model, current, found.placement))
     if isinstance(way, Infeasible):
         return Verdict(None, f"stay: {way}")
     advice = advise(problem, found.placement, way, Horizon(horizon_s, pause_s=0.05, least_gain_s=0.01 * horizon_s))
     return Verdict(found.placement if advice.action == "migrate" else None, f"{advice.action}: {advice.reason}")
+
+
+def _roomy(cluster: Cluster, model: ModelSpec) -> Cluster:
+    """Devices whose memory holds every expert: a site's holds as many as shall be there, and old and new ones together
+    are there on the way. Whether they fit, or what has to yield, is not decided here."""
+    everything = ceil(float(model.bytes_LE.sum()) + model.shared_bytes * model.layers)
+    return replace(cluster, devices=tuple(replace(device, memory_bytes=everything) for device in cluster.devices))

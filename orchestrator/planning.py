@@ -21,7 +21,7 @@ from .core.layout import Layout, Seat
 from .hands import NodeInfo
 from .placing import Site, even_loads, first_placement
 from .planfiles import model_spec, read_loads, read_placement
-from .room import address_pages, check_nodes
+from .room import check_nodes, with_pools
 from .seating import first_seats
 from .sizing import MemoryLimits, MemoryPlan, ModelSizes, plan_memory
 
@@ -222,10 +222,9 @@ def first_layout(context: Context, seats: tuple[Seat, ...], placement: Placement
         exchange=exchange,
         exchange_pages=exchange_pages(exchange, len(seats), page_bytes),
         reserved_experts=context.reserved_experts(seats),
-        node_pages=address_pages(context.nodes, page_bytes),
         ledger_record_bytes=record_bytes(config.engine.block_tokens),
         length_blocks=context.length_blocks,
         inventory=config.inventory,
     )
     check_nodes(layout, context.nodes)
-    return layout
+    return with_pools(layout, context.nodes)

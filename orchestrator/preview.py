@@ -178,9 +178,8 @@ def _peak_pages(pool: str, node: str, old: Layout, new: Layout) -> int:
     """
     memory = new.memory
     held = _held(old).get(pool, set()) | _held(new).get(pool, set())
-    before, after = old.kv_in(pool), new.kv_in(pool)
-    between = {d: min(before[d], new.kv_blocks_coming_from(old, d)) for d in before.keys() & after.keys()}
-    kv = max(sum(blocks.values()) for blocks in (before, {**before, **after, **between}, after))
+    stages = (old.kv_in(pool), new.kv_coming_from(old, pool), new.kv_in(pool))
+    kv = max(sum(blocks.values()) for blocks in stages)
     pages = len(held) * memory.expert_pages + kv * memory.kv_block_pages
     devices = [
         layout.device_pages(seat)

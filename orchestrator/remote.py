@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray._private.services import find_gcs_addresses
 
 from ..errors import InternalError, OperatorError
 from .config import NAMESPACE
@@ -46,6 +47,8 @@ def connect_to(address: str | None) -> None:
     OperatorError
         No cluster answers there.
     """
+    if address == LOCAL:
+        raise OperatorError(f"address: {LOCAL!r} would start another Ray; expected that of a running one, host:port")
     where = address or os.environ.get("RAY_ADDRESS") or "auto"
     try:
         _knock(where)
@@ -123,7 +126,9 @@ def find_controller(deployment: str) -> Any:
     except ValueError:
         running = [name.removeprefix(_CONTROLLER) for name in _controllers()]
         there = f"running here: {', '.join(running)}" if running else "none runs in this cluster"
-        raise OperatorError(f"name: no deployment called {deployment!r}; {there}") from None
+        others = sorted(find_gcs_addresses() - {ray.get_runtime_context().gcs_address})
+        elsewhere = f"; other Rays run on this machine (--address): {', '.join(others)}" if others else ""
+        raise OperatorError(f"name: no deployment called {deployment!r}; {there}{elsewhere}") from None
 
 
 def _controllers() -> list[str]:
@@ -146,11 +151,11 @@ def ask(reference: Any, timeout_s: float | None = None) -> Any:
     except ray.exceptions.RayTaskError as e:
         raise e.cause from None
     except ray.exceptions.GetTimeoutError as e:
-        raise Silent(f"a process of the deployment does not answer: {e}") from e
+        raise Silent(f"a process of the deployment does not answer: {one_line(e)}") from e
     except ray.exceptions.ActorUnavailableError as e:
-        raise Unavailable(f"a process of the deployment does not answer: {e}") from e
+        raise Unavailable(f"a process of the deployment does not answer: {one_line(e)}") from e
     except ray.exceptions.RayActorError as e:
-        raise InternalError(f"a process of the deployment has ended: {e}") from e
+        raise InternalError(f"a process of the deployment has ended: {one_line(e)}") from e
 
 
 def ask_again(call: Callable[[], Any], patience_s: float = PATIENCE_S) -> Any:

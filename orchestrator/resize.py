@@ -21,7 +21,7 @@ from ..planners.replan import ReplanRules, replan
 from ..planners.solution import Infeasible, StoppingRule
 from .core.layout import Layout, Seat, node_pool
 from .planning import Context, device_memory, exchange_kind, exchange_pages
-from .room import check_nodes
+from .room import check_nodes, with_pools
 from .seating import further_seats, nodes_called
 
 # The operator waits for planning, and what serves shares the cores; the balancer improves on it later. Where all
@@ -74,11 +74,14 @@ def drained(current: Layout, name: str, context: Context) -> Layout:
     alive = {node.id for node in context.nodes}  # what serves may not have recovered yet from losing one
     seats = tuple(seat for seat in current.seats if seat.device not in leaving and seat.node in alive)
     if not seats:
-        more = len(current.seats) + 1
-        raise OperatorError(
-            f"drain: without {name} no device would be left; "
-            f"start another one first (concertina scale --workers {more})"
+        node = named_node(current, name, context)
+        others = alive - set(context.cordoned) - {node}
+        first = (
+            f"start another one first (concertina scale --workers {len(current.seats) + 1})"
+            if others or not node
+            else "no other node can take workers: let one join, or undrain one (concertina undrain)"
         )
+        raise OperatorError(f"drain: without {name} no device would be left; {first}")
     return _moved(current, seats, context)
 
 
@@ -166,7 +169,7 @@ def _with_placement(current: Layout, seats: tuple[Seat, ...], placement: Placeme
     """The whole layout: memory and exchange follow from seats and placement; page size and addresses stay."""
     page_bytes = current.memory.page_bytes
     exchange = exchange_kind(context.config, seats)
-    layout = replace(
+    changed = replace(
         current,
         seats=seats,
         placement=placement,
@@ -175,9 +178,10 @@ def _with_placement(current: Layout, seats: tuple[Seat, ...], placement: Placeme
         exchange_pages=exchange_pages(exchange, len(seats), page_bytes),
         reserved_experts=context.reserved_experts(seats),
     )
+    layout = with_pools(changed, context.nodes)
     # In separate mode a device never exceeds its own memory: KV cache yields to experts of two placements.
     check_nodes(layout, context.nodes, current if layout.memory_mode == "shared" else None)
-    _check_addresses(current, layout)
+    _check_addresses(layout)
     return layout
 
 
@@ -188,13 +192,13 @@ def _device_bytes(current: Layout, context: Context) -> int | None:
     return current.memory.device_pages * current.memory.page_bytes
 
 
-def _check_addresses(current: Layout, target: Layout) -> None:
+def _check_addresses(layout: Layout) -> None:
     """A node's pool that is there does not grow."""
-    for pool in map(node_pool, set(target.nodes) & set(current.nodes)):
-        if target.pool_pages(pool) > current.pool_pages(pool):
+    for pool in map(node_pool, layout.nodes):
+        if layout.needed_pages(pool) > layout.pool_pages(pool):
             raise OperatorError(
-                f"memory: pool {pool} would need {target.pool_pages(pool)} pages and was started with "
-                f"{current.pool_pages(pool)}; start the deployment anew with {len(target.seats)} workers"
+                f"memory: pool {pool} would need {layout.needed_pages(pool)} pages and was started with "
+                f"{layout.pool_pages(pool)}; start the deployment anew with {len(layout.seats)} workers"
             )
 
 

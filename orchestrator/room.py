@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from ..errors import OperatorError
-from .core.layout import Layout
+from .core.layout import Layout, node_pool
 from .hands import NodeInfo
 
 _MIB = 1 << 20
@@ -14,13 +15,17 @@ _UNKNOWN_BYTES = 1 << 36  # taken for a node of unknown memory
 _EXCHANGES = 2  # of the generation that serves and of the one that is coming
 
 
-def address_pages(nodes: Iterable[NodeInfo], page_bytes: int) -> int:
-    """Pages of a node's pool: twice as many as the biggest node could ever hold, since a pool never grows.
+def with_pools(layout: Layout, nodes: Iterable[NodeInfo]) -> Layout:
+    """The layout, in which the pools of new nodes have twice as many pages as their node could ever hold.
 
     A page costs memory only once it is used; the pool's books, and what waits to be freed, have pages too.
     """
-    most = max(node.available_bytes or _UNKNOWN_BYTES for node in nodes)
-    return min(_MOST_PAGES, 2 * most // page_bytes)
+    started = dict(layout.started)
+    for node in nodes:
+        if node.id in layout.nodes and node.id not in started:
+            ever = 2 * (node.available_bytes or _UNKNOWN_BYTES) // layout.memory.page_bytes
+            started[node.id] = max(layout.needed_pages(node_pool(node.id)), min(_MOST_PAGES, ever))
+    return replace(layout, started=tuple(started.items()))
 
 
 def held_experts(layouts: Sequence[Layout], node: str) -> dict[str, set[tuple[int, int]]]:
@@ -34,12 +39,14 @@ def held_experts(layouts: Sequence[Layout], node: str) -> dict[str, set[tuple[in
 
 
 def node_use(layout: Layout, node: str, before: Layout | None = None) -> dict[str, int]:
-    """Pages that a layout uses on a node, by what for; with ``before``, while that one's experts are still there."""
-    ranks = [rank for rank, seat in enumerate(layout.seats) if seat.node == node]
+    """Pages that a layout uses on a node, by what for; with ``before``, at most while it comes behind that one."""
     held = held_experts([layout, before] if before else [layout], node)
+    kv = [sum(layout.kv_blocks(rank) for rank, seat in enumerate(layout.seats) if seat.node == node)]
+    if before:
+        kv.append(sum(sum(layout.kv_coming_from(before, pool).values()) for pool in held))
     return {
         "experts": sum(map(len, held.values())) * layout.memory.expert_pages,
-        "KV cache": sum(layout.kv_blocks(rank) for rank in ranks) * layout.memory.kv_block_pages,
+        "KV cache": max(kv) * layout.memory.kv_block_pages,
         "trunk": layout.memory.trunk_pages,
         "exchange": _EXCHANGES * layout.exchange_pages if node == layout.nodes[0] else 0,
     }
@@ -48,7 +55,7 @@ def node_use(layout: Layout, node: str, before: Layout | None = None) -> dict[st
 def check_nodes(layout: Layout, nodes: Iterable[NodeInfo], before: Layout | None = None) -> None:
     """Refuse a layout whose devices together want more than one of their nodes has.
 
-    A node of unknown memory (0 bytes) is not checked.
+    A node of unknown memory (0 bytes) is not checked, and what ``before`` takes there itself is not refused.
 
     Raises
     ------
@@ -59,7 +66,8 @@ def check_nodes(layout: Layout, nodes: Iterable[NodeInfo], before: Layout | None
     for node in layout.nodes:
         use = node_use(layout, node, before)
         needed = sum(use.values()) * layout.memory.page_bytes
-        if 0 < available.get(node, 0) < needed:
+        taken = sum(node_use(before, node).values()) * layout.memory.page_bytes if before else 0
+        if 0 < available.get(node, 0) < needed and needed > taken:
             parts = ", ".join(f"{what} {_mib(pages, layout)}" for what, pages in use.items())
             workers = sum(seat.node == node for seat in layout.seats)
             raise OperatorError(

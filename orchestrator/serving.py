@@ -18,7 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 
 from ..workers.model_files import ModelFiles
 from . import remote
-from .config import DeploymentConfig
+from .config import DEFAULT_NAME, DeploymentConfig
 from .controller_actor import launch
 from .core.layout import Seat
 from .endpoint import check_port_free, check_serve, opened
@@ -67,6 +67,10 @@ def serve_until_stopped(config: DeploymentConfig, address: str | None, verbose: 
                 endpoint.stand_by()
                 _watch(controller, config)
     except KeyboardInterrupt:
+        console.print("concertina: stopped")
+    except SystemExit as e:  # by Ray's own handler, while it starts
+        if e.code != signal.SIGTERM:
+            raise
         console.print("concertina: stopped")
     finally:
         stop()
@@ -155,7 +159,8 @@ def _announce(config: DeploymentConfig, started: bool) -> None:
     url = f"{config.endpoint.url}/v1"
     where = "an embedded Ray" if started else "the running Ray cluster"
     print(f"serving {config.checkpoint} with {config.workers} workers in {where} at {url}", flush=True)
-    print("concertina status shows what runs; Ctrl-C ends everything", flush=True)
+    named = "" if config.name == DEFAULT_NAME else f" --name {config.name}"
+    print(f"concertina status{named} shows what runs; Ctrl-C ends everything", flush=True)
 
 
 def _watch(controller: Any, config: DeploymentConfig) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...errors import OperatorError
-from ..config import parse_seconds
+from ..config import DEFAULT_NAME, parse_seconds
 from ..tokens import VARIABLE
 
 if TYPE_CHECKING:  # importing Ray takes a second, which --help does not need
@@ -48,6 +48,11 @@ class Target:
     wait: bool | None = None
     timeout_s: float | None = None
 
+    @property
+    def named(self) -> str:
+        """What a command must be given so that it is about the same deployment."""
+        return "" if self.name == DEFAULT_NAME else f" --name {self.name}"
+
     def deployment(self) -> Deployment:
         from ..api import Deployment
 
@@ -55,7 +60,7 @@ class Target:
 
 
 _TARGET_OPTIONS = (
-    click.option("--name", default="concertina", show_default=True, help="Name of the deployment."),
+    click.option("--name", default=DEFAULT_NAME, show_default=True, help="Name of the deployment."),
     click.option("--address", help="Ray cluster.  [default: the one that runs here]"),
     click.option("--token", help=f"The deployment's token.  [default: ${VARIABLE}, or what serve wrote here]"),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
@@ -74,7 +79,10 @@ def target_options(waits: bool = True) -> Callable[[Callable[..., Any]], Callabl
 
         @functools.wraps(command)
         def filled(**options: Any) -> Any:
-            return command(Target(**{name: options.pop(name) for name in names}), **options)
+            target = Target(**{name: options.pop(name) for name in names})
+            if target.wait is False and target.timeout_s is not None:
+                raise click.UsageError("--timeout waits; expected one of --no-wait and --timeout")
+            return command(target, **options)
 
         wrapped: Callable[..., Any] = filled
         for option in reversed(_TARGET_OPTIONS + (_WAIT_OPTIONS if waits else ())):
@@ -106,7 +114,8 @@ def _watched(target: Target, deployment: Deployment, status: OperationStatus) ->
     try:
         return watch(deployment, status, target.timeout_s)
     except KeyboardInterrupt:
-        click.echo(f"\noperation {status.id} goes on; concertina cancel {status.id} withdraws it", err=True)
+        command = f"concertina cancel {status.id}{target.named}"
+        click.echo(f"\noperation {status.id} goes on; {command} withdraws it", err=True)
         sys.exit(130)
 
 
@@ -115,7 +124,7 @@ def tell(target: Target, status: OperationStatus, waited: bool) -> None:
     from .operation_view import outcome
 
     if status.state == "running" and waited:
-        raise OperatorError(f"{outcome(status)}; concertina operations shows how it goes on")
+        raise OperatorError(f"{outcome(status)}; concertina operations{target.named} shows how it goes on")
     if status.state in ("failed", "canceled", "superseded"):
         raise OperatorError(outcome(status))
     if not target.as_json:

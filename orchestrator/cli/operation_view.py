@@ -30,7 +30,7 @@ def watch(
 ) -> OperationStatus:
     """Show an operation until it ends or ``timeout_s`` seconds have passed.
 
-    On a terminal that is a live line, else one line for each phase.
+    On a terminal that is a live line, else one line for each phase, and for what keeps it there.
     """
     console = console or Console(stderr=True)
     end_s = now() + (math.inf if timeout_s is None else timeout_s)
@@ -38,13 +38,13 @@ def watch(
     columns = (SpinnerColumn(), text, BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(status.text, total=None)
-        phase = ""
+        told = ""
         while True:
             total = status.bytes_total or None
             bar.update(task, description=_now(status), completed=status.bytes_done, total=total)
-            if not console.is_terminal and status.phase != phase:
-                console.print(f"{_now(status)}{progress(status)}", highlight=False, markup=False)
-            phase = status.phase
+            if not console.is_terminal and _now(status) != told:
+                console.print(f"{_now(status)}{progress(status)}", highlight=False, markup=False, soft_wrap=True)
+            told = _now(status)
             left_s = end_s - now()
             if status.state != "running" or left_s <= 0:
                 return status
@@ -52,7 +52,8 @@ def watch(
 
 
 def _now(status: OperationStatus) -> str:
-    return f"{status.text}: {status.phase}" if status.phase else status.text
+    said = f"{status.text}: {status.phase}" if status.phase else status.text
+    return f"{said} ({status.reason})" if status.reason and status.state == "running" else said
 
 
 def progress(status: OperationStatus) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ...errors import OperatorError
-from ..config import DeploymentConfig, EndpointOptions, EngineOptions, parse_bytes
+from ..config import DEFAULT_NAME, DeploymentConfig, EndpointOptions, EngineOptions, parse_bytes
 from ..tokens import VARIABLE
 
 _log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ _count = click.IntRange(min=1)
 _deployment_options = _Group(
     (
         click.option("--workers", type=_count, default=1, show_default=True, help="Workers, one device each."),
-        click.option("--name", default="concertina", show_default=True, help="Name of the deployment in the cluster."),
+        click.option("--name", default=DEFAULT_NAME, show_default=True, help="Name of the deployment in the cluster."),
         click.option(
             "--address", help="Ray cluster to join; 'local' starts an embedded one.  [default: join or start]"
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 
@@ -9,11 +10,12 @@ import click
 from rich.console import Console
 from rich.live import Live
 
+from ..config import DEFAULT_NAME
 from .status_view import StatusView
 
 
 @click.command("status")
-@click.option("--name", default="concertina", show_default=True, help="Name of the deployment.")
+@click.option("--name", default=DEFAULT_NAME, show_default=True, help="Name of the deployment.")
 @click.option("--address", help="Ray cluster.  [default: the one that runs here]")
 @click.option("--json", "as_json", is_flag=True, help="Print one snapshot as JSON.")
 @click.option("--watch/--once", default=None, help="Keep the table live.  [default: live on a terminal]")
@@ -31,7 +33,8 @@ def command(name: str, address: str | None, as_json: bool, watch: bool | None, i
     if not (console.is_terminal if watch is None else watch):
         console.print(view.render(deployment_status(name), time.monotonic()))
         return
-    with Live(console=console, refresh_per_second=4) as live:
+    # Ctrl-C is how it is left
+    with contextlib.suppress(KeyboardInterrupt), Live(console=console, refresh_per_second=4) as live:
         while True:
             live.update(view.render(deployment_status(name), time.monotonic()))
             time.sleep(interval)

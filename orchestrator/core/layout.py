@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from types import MappingProxyType
@@ -46,8 +46,11 @@ class Layout:
     reserved_experts : tuple of int
         By rank: physical experts, summed over layers, for which a device keeps room beside its KV cache, so that
         experts can move to it later; empty for none.
+    started : tuple of (str, int)
+        Nodes, and the pages that their pools are started with: a pool never grows, whatever comes to its node, and a
+        page costs memory only once it is used.
     node_pages : int
-        Pages of every node's pool, at least; a pool never grows, and a page costs memory only once it is used.
+        Pages of the pool of a node that is not in ``started``, at least.
     ledger_record_bytes : int
         See `OwnerConfig`.
     length_blocks : int
@@ -63,6 +66,7 @@ class Layout:
     exchange: ExchangeKind
     exchange_pages: int = 0
     reserved_experts: tuple[int, ...] = ()
+    started: tuple[tuple[str, int], ...] = ()
     node_pages: int = 0
     ledger_record_bytes: int = 0
     length_blocks: int = 0
@@ -119,7 +123,7 @@ class Layout:
     def kv_blocks_coming_from(self, old: Layout, device: str) -> int:
         """KV blocks that a device may have while it goes from ``old`` to this layout, in both of which it is."""
         rank = self.devices.index(device)
-        if self.memory_mode == "shared":  # the pool has every expert already
+        if self.memory_mode == "shared":
             keeps = self._fits_beside_kv_of(old, self.device_pool(rank))
             return old.kv_blocks(old.devices.index(device)) if keeps else self.kv_blocks(rank)
         before = old.experts_of(old.devices.index(device))
@@ -137,9 +141,34 @@ class Layout:
         return ""
 
     def _fits_beside_kv_of(self, old: Layout, pool: str) -> bool:
-        """Whether what KV ``old`` has in a pool may stay until this layout serves: no more than one of them has."""
+        """Whether what KV ``old`` has in a pool may stay until this layout serves: with the experts of both that is no
+        more than one of them takes. Alone on a node a deployment's pool has every expert already."""
+        known = self._beside.get(pool)
+        if known is None or known[0] is not old:
+            before, after = old.experts_in(pool), self.experts_in(pool)
+            kv_before, kv_after = old.kv_in(pool), self.kv_in(pool)
+            most = max(self._pages(before, kv_before), self._pages(after, kv_after))
+            known = self._beside[pool] = old, self._pages(before | after, {**kv_after, **kv_before}) <= most
+        return known[1]
+
+    @cached_property
+    def _beside(self) -> dict[str, tuple[Layout, bool]]:
+        """By pool what was found last, and for which layout: every decision asks for it, for each device."""
+        return {}
+
+    def _pages(self, experts: Collection[tuple[int, int]], kv: Mapping[str, int]) -> int:
+        return len(experts) * self.memory.expert_pages + sum(kv.values()) * self.memory.kv_block_pages
+
+    def experts_in(self, pool: str) -> frozenset[tuple[int, int]]:
+        """(MoE layer, expert) of all that a pool holds; it has one copy of each."""
+        ranks = (rank for rank in range(len(self.seats)) if self.device_pool(rank) == pool)
+        return frozenset(key for rank in ranks for key in self.experts_of(rank))
+
+    def kv_coming_from(self, old: Layout, pool: str) -> dict[str, int]:
+        """KV blocks in a pool by device just before this layout comes: leavers' and newcomers', too."""
         before, after = old.kv_in(pool), self.kv_in(pool)
-        return sum({**after, **before}.values()) <= max(sum(before.values()), sum(after.values()))
+        both = {d: min(before[d], self.kv_blocks_coming_from(old, d)) for d in before.keys() & after.keys()}
+        return {**before, **after, **both}
 
     def kv_in(self, pool: str) -> dict[str, int]:
         """KV blocks in a pool by device."""
@@ -147,19 +176,26 @@ class Layout:
         return {self.seats[rank].device: self.kv_blocks(rank) for rank in ranks}
 
     def pool_pages(self, pool: str) -> int:
-        """Pages of a pool, its page table and ledger included; those of a device alone never change.
+        """Pages of a pool, its page table and ledger included; those of a device alone never change."""
+        if not is_node_pool(pool):
+            return self.own_pool_pages(next(seat for seat in self.seats if own_pool(seat) == pool))
+        return self._started.get(pool) or max(self.needed_pages(pool), self.node_pages)
+
+    @cached_property
+    def _started(self) -> dict[str, int]:
+        return {node_pool(node): pages for node, pages in self.started}
+
+    def needed_pages(self, pool: str) -> int:
+        """Pages that a node's pool must have.
 
         Where devices share a node's memory there is room for every expert once. There is room for the exchange of
         several generations: while experts move, those of two are there, and what a third one left may still have to be
         freed.
         """
-        if not is_node_pool(pool):
-            return self.own_pool_pages(next(seat for seat in self.seats if own_pool(seat) == pool))
         ranks = [rank for rank in range(len(self.seats)) if self.device_pool(rank) == pool]
         experts = self.placement.layers * self.placement.experts * self.memory.expert_pages if ranks else 0
         kv = sum(self.kv_blocks(rank) for rank in ranks) * self.memory.kv_block_pages
-        needed = experts + kv + self.memory.trunk_pages + 4 * self.exchange_pages
-        return max(self._with_books(needed), self.node_pages)
+        return self._with_books(experts + kv + self.memory.trunk_pages + 4 * self.exchange_pages)
 
     def own_pool_pages(self, seat: Seat) -> int:
         """Pages of the pool of a device with a memory of its own, also of one that is not here yet."""

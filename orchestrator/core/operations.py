@@ -34,6 +34,9 @@ def request(
     current = state.operation
     again = subject and current is not None and (current.kind, current.subject) == (kind, subject)
     if current is not None and (again or current.goal == route[-1]):
+        if cordons and not current.cordons:  # whoever cancels it lifts that, too
+            current = replace(current, cordons=cordons)
+            return replace(state, operations=(*state.operations[:-1], current))
         return state
     if current is not None:
         state = _drop(state, "superseded", f"by {kind} {text}", now_s)
@@ -43,6 +46,7 @@ def request(
         operation = replace(
             operation, outcome="done", reason="nothing to do", committed_s=now_s, ended_s=now_s, route=()
         )
+        state = replace(state, deadlines=_of_leavers(state))
     operations = (*state.operations, operation)[-_KEPT:]
     attempts = state.attempts if state.broken else 0  # those that recover what serves go on
     return replace(state, operations=operations, next_operation=state.next_operation + 1, attempts=attempts)
@@ -82,10 +86,15 @@ def end(state: State, outcome: Outcome, reason: str, now_s: float) -> State:
     deadlines = state.deadlines
     if outcome == "done":
         deadlines = {}
-    elif outcome != "superseded" and state.serving is not None:
-        here = state.serving.layout.devices
-        deadlines = {device: until_s for device, until_s in deadlines.items() if device not in here}
+    elif outcome != "superseded":
+        deadlines = _of_leavers(state)
     return replace(state, operations=(*state.operations[:-1], ended), deadlines=deadlines)
+
+
+def _of_leavers(state: State) -> dict[str, float]:
+    """Deadlines of devices that no longer serve."""
+    here = () if state.serving is None else state.serving.layout.devices
+    return {device: until_s for device, until_s in state.deadlines.items() if device not in here}
 
 
 def committed(state: State, now_s: float) -> State:

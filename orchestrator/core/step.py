@@ -213,7 +213,9 @@ def _finish(state: State, snapshot: Snapshot) -> State:
     if state.pending is not None or state.operation is None or state.broken:
         return state
     state = committed(state, snapshot.now_s)
-    if state.operation is None or not state.operation.committed_s or not _is_clear(state, snapshot):
+    if state.operation is None or not state.operation.committed_s or next_layout(state) is not None:
+        return state  # its goal has not served yet, or a recovery has led away from it since
+    if not _is_clear(state, snapshot):
         return state
     busy = any(isinstance(e, Free | HandOver | ResizeKV | Abandon) for e in snapshot.busy)
     return state if busy or any(resizes(state, snapshot)) else end(state, "done", "", snapshot.now_s)

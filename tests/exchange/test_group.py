@@ -99,6 +99,65 @@ def test_waiting_for_a_member_can_be_broken_off(store: TCPStore) -> None:
         GroupExchange(rendezvous, 0, 2, 60.0)
 
 
+class _Late:
+    """An operation that ends at the same moment as the slice in which it was waited for."""
+
+    def __init__(self, error: str) -> None:
+        self.error, self.waits = error, 0
+
+    def wait(self, timeout: object) -> None:
+        self.waits += 1
+        if self.waits == 1:
+            raise RuntimeError("Operation timed out!")
+        if self.error:
+            raise RuntimeError(self.error)
+
+    def is_completed(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("error", ["", "Connection closed by peer"])
+def test_what_comes_just_as_a_slice_ends_has_come(store: TCPStore, error: str) -> None:
+    ex = GroupExchange(Rendezvous("127.0.0.1", store.port, "g"), 0, 1, 10.0)
+    late = _Late(error)
+    if error:
+        with pytest.raises(RuntimeError, match=error):
+            ex._await(late)  # type: ignore[arg-type]
+    else:
+        ex._await(late)  # type: ignore[arg-type]
+    assert (late.waits, ex._unended) == (2, None)
+    ex.close()
+
+
+@pytest.mark.parametrize("asleep", [True, False])
+def test_giving_up_reaches_who_sleeps_and_what_is_on_its_way(store: TCPStore, asleep: bool) -> None:
+    """The other member neither answers nor goes, and closing waits for none of that."""
+
+    def join(rank: int) -> GroupExchange:
+        return GroupExchange(Rendezvous("127.0.0.1", store.port, f"h{asleep}"), rank, 2, 120.0)
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(join, range(2))
+        if asleep:
+            seen = first.doorbell()
+            sleeping = threads.submit(first.wait, seen, 60.0)
+            time.sleep(0.05)
+            first.give_up("told")
+            sleeping.result(20)
+            with pytest.raises(PeerLost, match="told"):
+                first.all_gather([1])
+        else:
+            rows, peer = torch.ones(2, 3), threads.submit(second._swap_counts, [1, 1])
+            pending = first.begin_dispatch(rows, [1, 1])  # their numbers are known, the rows never come
+            peer.result(20)
+            first.give_up("told")
+            with pytest.raises(PeerLost, match="told"):
+                pending.wait()
+        done = threads.submit(first.close)
+        done.result(20)
+        second.close()
+
+
 def listening_at(host: str) -> bool:
     address = socket.inet_aton(host)[::-1].hex().upper()
     lines = Path("/proc/net/tcp").read_text().splitlines()

@@ -256,11 +256,16 @@ class World:
         return worker.serving == generation and bool(worker.parked)
 
     def _sees_a_loss(self, generation: int) -> bool:
-        """Not that of a machine that sends nothing any more: only who shares its memory would see that."""
+        """Over a network only that a process has ended, and not even that if its machine sends nothing any more."""
         record = self.records[generation]
-        lost = [rank for rank, name in enumerate(record.workers) if self.lost_to(name, generation)]
-        near = record.layout.exchange == "shared"
-        return any(near or record.layout.seats[rank].node in self.nodes_alive for rank in lost)
+        lost = {
+            name: seat
+            for name, seat in zip(record.workers, record.layout.seats, strict=True)
+            if self.lost_to(name, generation)
+        }
+        if record.layout.exchange == "shared":
+            return bool(lost)
+        return any(name not in self.workers and seat.node in self.nodes_alive for name, seat in lost.items())
 
     def running(self) -> set[int]:
         """Generations that a worker runs."""

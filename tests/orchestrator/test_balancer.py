@@ -100,9 +100,10 @@ def test_it_plans_only_when_it_is_time_and_enough_was_seen():
     assert not never.due
 
 
-def test_skewed_loads_move_experts_and_even_ones_do_not(tmp_path):
-    """C5, and the plan is kept in the file."""
-    clock, site = Clock(), Site(SEATS, MODEL, spare_slots=4)
+@pytest.mark.parametrize("spare_slots", [0, 4])
+def test_skewed_loads_move_experts_and_even_ones_do_not(tmp_path, spare_slots):
+    """C5, and the plan is kept in the file. Without spare slots experts change places."""
+    clock, site = Clock(), Site(SEATS, MODEL, spare_slots=spare_slots)
     here = first_placement(site, even_loads(MODEL), Clock())
     on_first = [e for e in range(8) if here.replicas_LE[0][e][0].device == 0]
     skewed = np.ones((2, 8))

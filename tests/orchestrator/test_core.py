@@ -160,6 +160,10 @@ def test_who_cannot_see_that_a_peer_is_lost_is_told(exchange):
     seen = replace(snapshot, workers={"worker-1": fact})
     told = [e for e in step(state, seen).effects if isinstance(e, Park)]
     assert told == ([Park("worker-1", 1)] if exchange == "gloo" else [])
+    others = (replace(fact, failed="hangs"), replace(fact, parked="a peer was lost"))
+    for other in others if exchange == "gloo" else ():
+        decided = step(state, replace(seen, workers={"worker-0": other, "worker-1": fact}))
+        assert [e for e in decided.effects if isinstance(e, Park)] == [Park("worker-1", 1)]
     for knows in (replace(fact, parked="a peer was lost"), replace(fact, failed="hangs"), replace(fact, serving=7)):
         decided = step(state, replace(seen, workers={"worker-1": knows}))
         assert not any(isinstance(e, Park) for e in decided.effects), knows
@@ -362,11 +366,29 @@ def test_kv_stays_until_the_switch_where_shared_memory_holds_it(nodes, data):
     for pool in set(old.pools) & set(new.pools):
         before, after = _blocks(old, pool), _blocks(new, pool)
         staying = {device for device in before if device in after}
-        fits = sum({**after, **before}.values()) <= max(sum(before.values()), sum(after.values()))
+        most = max(_pages(layout, pool, layout) for layout in (old, new))
+        fits = _pages(old, pool, new, {**after, **before}) <= most
         expected = before if fits else after
         assert all(new.kv_blocks_coming_from(old, device) == expected[device] for device in staying)
-        if not set(after) - set(before):
+        if nodes == 1 and not set(after) - set(before):
             assert fits  # nobody comes, so nothing needs to be given up
+        if staying == set(before) | set(after):
+            assert _pages(old, pool, new, {d: min(before[d], expected[d]) for d in staying}) <= max(
+                most, _pages(old, pool, new, after)
+            )
+
+
+def _pages(old: Layout, pool: str, new: Layout, blocks: dict[str, int] | None = None) -> int:
+    """Of experts of two layouts in a pool, and of so many blocks or those of the first."""
+    experts = {
+        key
+        for layout in (old, new)
+        for rank in range(len(layout.seats))
+        if layout.device_pool(rank) == pool
+        for key in layout.experts_of(rank)
+    }
+    kv = sum((blocks or _blocks(old, pool)).values())
+    return len(experts) * old.memory.expert_pages + kv * old.memory.kv_block_pages
 
 
 def test_shrinking_gives_no_kv_up_before_the_switch_where_memory_is_shared():

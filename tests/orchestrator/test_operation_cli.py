@@ -86,6 +86,47 @@ def test_waiting_shows_phases_and_says_how_long_it_took(monkeypatch: pytest.Monk
     assert [a[0] for a in controller.asked] == ["scale", "operation", "operation", "operation"]
 
 
+def test_waiting_says_what_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    stuck = replace(RUNNING, phase="clearing up", reason="tried 7 times so far: pages are held")
+    install(
+        monkeypatch, FakeController(RUNNING, [stuck, stuck, replace(stuck, reason="tried 8 times so far: ..."), DONE])
+    )
+    done = run("scale", "--workers", "3", "--wait")
+    assert [line.partition(" (2.0")[0] for line in done.stderr.splitlines()] == [
+        "2 -> 3 workers: moving weights",
+        "2 -> 3 workers: clearing up (tried 7 times so far: pages are held)",
+        "2 -> 3 workers: clearing up (tried 8 times so far: ...)",
+        "2 -> 3 workers",
+    ]
+
+
+def test_a_limit_is_for_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller = install(monkeypatch, FakeController(RUNNING))
+    done = run("scale", "--workers", "3", "--no-wait", "--timeout", "9s")
+    assert done.exit_code == 2
+    assert "--timeout waits; expected one of --no-wait and --timeout" in done.output
+    assert controller.asked == []
+
+
+def test_commands_that_are_named_are_about_this_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeController(RUNNING))
+    late = run("scale", "--workers", "3", "--timeout", "50ms", "--name", "mine")
+    assert "concertina operations --name mine shows how it goes on" in str(late.exception)
+
+
+def test_a_deployment_that_is_not_there_is_said_before_a_token_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeController(RUNNING))
+    monkeypatch.delenv(VARIABLE)
+    for arguments in ("scale --workers 3", "rebalance", "drain cpu-1", "undrain a", "cancel op-1"):
+        done = run(*arguments.split(), "--name", "mistyped")
+        assert str(done.exception) == "name: no deployment called 'mistyped'; none runs in this cluster"
+
+
+def test_who_commands_starts_no_ray() -> None:
+    with pytest.raises(OperatorError, match="address: 'local' would start another Ray; expected that of a running one"):
+        remote.connect_to("local")
+
+
 def test_without_a_terminal_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     controller = install(monkeypatch, FakeController(RUNNING))
     done = run("scale", "--workers", "3")

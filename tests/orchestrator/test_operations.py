@@ -94,6 +94,44 @@ def test_a_drained_node_stays_cordoned_unless_its_drain_is_canceled(schedule: Sc
     assert schedule.state.cordoned == {"b"}
 
 
+def test_a_drain_that_joins_what_is_under_way_is_canceled_with_it(schedule: Schedule) -> None:
+    state, now_s = schedule.state, schedule.world.now_s
+    scaled = request(state, "scale", "2 workers", schedule.layouts[9:10], now_s, subject="2")
+    joined = request(scaled, "drain", "b", schedule.layouts[9:10], now_s, Leaving(node="b"), "b")
+    assert joined.operations[-1].id == scaled.operations[-1].id
+    assert joined.cordoned == {"b"}
+    assert cancel(joined, joined.operations[-1].id, now_s).cordoned == set()
+
+
+def test_who_stays_after_all_keeps_no_deadline(schedule: Schedule) -> None:
+    """Of a drain that is superseded by what serves already."""
+    (device, *_), now_s = serving(schedule).devices, schedule.world.now_s
+    drained = request(
+        schedule.state, "drain", device, schedule.layouts[9:10], now_s, Leaving({device: 9.0, "gone": 9.0})
+    )
+    stays = request(replace(drained, pending=None), "scale", "as it is", schedule.layouts[:1], now_s)
+    assert stays.operations[-1].outcome == "done"
+    assert stays.deadlines == {"gone": 9.0}
+
+
+def test_an_operation_whose_goal_a_recovery_has_left_is_not_done(schedule: Schedule) -> None:
+    """A node was lost behind the commit, and is back before the deployment serves without it."""
+    schedule.ask("scale", schedule.layouts[-1:])
+    schedule.settle()
+    assert last(schedule) == ("done", "")
+    state = schedule.state
+    assert state.serving is not None
+    ended, now_s = state.operations[-1], schedule.world.now_s
+    again = replace(ended, text="x", outcome="running", route=schedule.layouts[9:10], started_s=now_s, ended_s=0.0)
+    assert again.committed_s
+    schedule.state = replace(state, operations=(*state.operations[:-1], again), attempts=2, failed_s=now_s)
+    schedule.turn()
+    assert last(schedule) == ("running", "")
+    schedule.settle()
+    assert last(schedule) == ("done", "")
+    assert serving(schedule) == schedule.layouts[9]
+
+
 def test_being_there_already_is_done_at_once(schedule: Schedule) -> None:
     schedule.ask("scale", schedule.layouts[:1])
     assert last(schedule) == ("done", "nothing to do")

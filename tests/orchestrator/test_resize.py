@@ -121,6 +121,17 @@ def test_a_node_that_is_gone_keeps_no_devices() -> None:
         drained(current, "node-a", alone)
 
 
+def test_draining_the_only_node_that_is_left_names_a_way_out() -> None:
+    """More workers would be on that node, too."""
+    planned_for = context(A, B)
+    current = layout_of(replace(planned_for, nodes=(A,)), 2)
+    with pytest.raises(OperatorError, match="no device would be left; start another one first"):
+        drained(current, "node-a", planned_for)
+    for context_of in (replace(planned_for, nodes=(A,)), replace(planned_for, cordoned=frozenset({"node-b"}))):
+        with pytest.raises(OperatorError, match="no other node can take workers: let one join, or undrain one"):
+            drained(current, "node-a", context_of)
+
+
 def test_few_experts_move() -> None:
     """One that stays keeps nearly all: 8 experts, 2 layers, from 4 devices to 3 moves only what cpu-3 had."""
     planned_for = context()
@@ -180,20 +191,67 @@ def test_experts_count_once_per_node_where_memory_is_shared() -> None:
 def test_a_node_of_unknown_memory_is_not_checked_and_gets_many_addresses() -> None:
     unknown = context(NodeInfo("node-a", "127.0.0.1", 4, 0), device_memory_bytes=4 * MIB)
     layout = layout_of(unknown, 2)
-    assert layout.node_pages == 1 << 20
+    assert layout.pool_pages("node/node-a") == 1 << 20
     assert len(resized(layout, 17, unknown).seats) == 17
 
 
 def test_a_pool_has_addresses_for_all_that_its_node_holds() -> None:
     planned_for = context(A, B)
     layout = layout_of(planned_for, 2)
-    assert layout.node_pages * layout.memory.page_bytes == 2 * 64 * MIB
-    assert layout.pool_pages("node/node-a") == layout.node_pages
+    assert layout.pool_pages("node/node-a") * layout.memory.page_bytes == 2 * 64 * MIB
+
+
+def test_experts_and_kv_that_meet_on_a_node_fit_it() -> None:
+    """One memory for the devices of a node: of two nodes one is left, whose pool had half of the experts so far."""
+    nodes = [NodeInfo(f"node-{name}", name, 2, 64 * MIB) for name in "ab"]
+    planned_for = context(*nodes, experts=64, layers=4, device_memory_bytes=28 * MIB)
+    current = layout_of(planned_for, 4)
+    assert Counter(seat.node for seat in current.seats) == {"node-a": 2, "node-b": 2}
+    roomy = replace(planned_for, nodes=tuple(replace(node, available_bytes=256 * MIB) for node in nodes))
+    for name in ("node-b", "cpu-1"):
+        with suppress(OperatorError):
+            check_on_the_way(current, drained(current, name, planned_for), planned_for)
+        check_on_the_way(current, drained(current, name, roomy), roomy)
+    target = drained(current, "node-b", roomy)
+    pool = "node/node-a"
+    both = len(current.experts_in(pool) | target.experts_in(pool)) * current.memory.expert_pages
+    kv = sum(target.kv_coming_from(current, pool).values()) * current.memory.kv_block_pages
+    most = max(
+        len(at.experts_in(pool)) * at.memory.expert_pages + sum(at.kv_in(pool).values()) * at.memory.kv_block_pages
+        for at in (current, target)
+    )
+    assert both + kv <= most, "KV gives way to experts that come"
+
+
+def check_on_the_way(current: Layout, target: Layout, planned_for: Context) -> None:
+    """What is on a node just before the switch: experts of both, and the KV that has not given way."""
+    available = {node.id: node.available_bytes for node in planned_for.nodes}
+    for node in target.nodes:
+        before = sum(node_use(current, node).values()) * current.memory.page_bytes
+        way = sum(node_use(target, node, current).values()) * target.memory.page_bytes
+        assert way <= max(available[node], before)
+
+
+def test_the_pool_of_a_node_that_joins_is_as_large_as_that_node_may_need() -> None:
+    """However large the nodes were at the start; and a pool keeps its size, whatever is on its node."""
+    small, large = (
+        NodeInfo(f"node-{name}", name, cpus, mib * MIB) for name, cpus, mib in (("s", 1, 16), ("l", 16, 256))
+    )
+    planned_for = context(small, device_memory_bytes=6 * MIB)
+    alone = layout_of(planned_for, 1)
+    both = replace(planned_for, nodes=(small, large))
+    most = resized(alone, 20, both)
+    assert most.pool_pages("node/node-l") * most.memory.page_bytes == 2 * 256 * MIB
+    assert most.pool_pages("node/node-s") == alone.pool_pages("node/node-s")
+    fewer = resized(most, 3, both)
+    assert fewer.started == most.started
+    assert len(resized(fewer, 20, both).seats) == 20
 
 
 def test_a_pool_that_is_there_does_not_grow() -> None:
     planned_for = context(exchange="gloo")
-    small = replace(layout_of(planned_for, 2), node_pages=0)
+    layout = layout_of(planned_for, 2)
+    small = replace(layout, started=(("node-a", layout.needed_pages("node/node-a")),))
     with pytest.raises(OperatorError, match=r"memory: pool node/node-a would need \d+ pages and was started with \d+"):
         resized(small, 3, replace(planned_for, config=replace(planned_for.config, exchange="auto")))
 

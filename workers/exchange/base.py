@@ -72,7 +72,8 @@ class Exchange(Protocol):
         ...
 
     def give_up(self, reason: str) -> None:
-        """From any thread: a member is lost, which may not show here. Who waits notices when it looks around."""
+        """From any thread: a member is lost, which may not show here. Who sleeps is woken, and who waits for others
+        notices when it looks around."""
         ...
 
     def close(self) -> None: ...
@@ -159,7 +160,9 @@ class BaseExchange(ABC):
         self._usable()
 
     def give_up(self, reason: str) -> None:
-        self._fail(PeerLost(-1, reason))
+        if not self._closed:
+            self._fail(PeerLost(-1, reason))
+            self._ring()
 
     @abstractmethod
     def _gather(self, row: Sequence[int]) -> list[list[int]]: ...

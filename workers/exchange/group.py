@@ -242,9 +242,10 @@ class GroupExchange(BaseExchange):
                 work.wait(timedelta(seconds=self._look_s))
                 break
             except RuntimeError:
-                if work.is_completed():
+                if work.is_completed():  # with an error of its own; or it has just come, as this slice ended
                     self._unended = None
-                    raise  # its own error
+                    work.wait(timedelta(seconds=self._look_s))
+                    return
                 self._alive()
                 if time.monotonic() > end_s:
                     raise
