@@ -21,6 +21,7 @@ from .status import DeploymentStatus, OperationStatus
 from .tokens import find_token
 
 _POLL_S = 5.0  # the controller answers at once when something changes
+_LEAST_PATIENCE_S = 1.0
 _TWICE = frozenset({"scale", "rebalance", "operation"})  # asking for the same twice is asking for it once
 
 
@@ -85,9 +86,15 @@ class Deployment:
         status: OperationStatus = self._call("cancel", operation)
         return status
 
-    def operation(self, operation: str, wait_s: float = 0.0) -> OperationStatus:
-        """How far an operation is; waits up to ``wait_s`` seconds for its end."""
-        status: OperationStatus = self._call("operation", operation, wait_s, wait_s=wait_s)
+    def operation(self, operation: str, wait_s: float = 0.0, patience_s: float = remote.PATIENCE_S) -> OperationStatus:
+        """How far an operation is; waits up to ``wait_s`` seconds for its end, and ``patience_s`` more for an answer.
+
+        Raises
+        ------
+        InternalError
+            There was none: the controller hangs, or has not started again.
+        """
+        status: OperationStatus = self._call("operation", operation, wait_s, patience_s=wait_s + patience_s)
         return status
 
     def operations(self) -> tuple[OperationStatus, ...]:
@@ -97,12 +104,12 @@ class Deployment:
     def wait(self, operation: str, timeout_s: float = inf) -> OperationStatus:
         """How an operation ended, or how far it is after ``timeout_s`` seconds.
 
-        A controller that is being restarted is waited for.
+        A controller that is being restarted is waited for, too; raises as `operation` does.
         """
         end_s = time.monotonic() + timeout_s
         while True:
             left_s = max(0.0, end_s - time.monotonic())
-            status = self.operation(operation, min(_POLL_S, left_s))
+            status = self.operation(operation, min(_POLL_S, left_s), patience_of(left_s))
             if status.state != "running" or time.monotonic() >= end_s:
                 return status
 
@@ -114,10 +121,15 @@ class Deployment:
         status: OperationStatus = self._call(method, *args)
         return self.wait(status.id) if wait and status.state == "running" else status
 
-    def _call(self, method: str, *args: object, wait_s: float = 0.0) -> Any:
-        """The controller's answer, which may take ``wait_s``; where that does no harm, its restart is waited for."""
+    def _call(self, method: str, *args: object, patience_s: float = remote.PATIENCE_S) -> Any:
+        """The controller's answer; where that does no harm, its restart is waited for, for ``patience_s`` in all."""
         remote_method = getattr(remote.find_controller(self.name), method).remote
         token = find_token(self.name, self._given)
         if method in _TWICE:
-            return remote.ask_again(lambda: remote_method(token, *args), remote.PATIENCE_S + wait_s)
+            return remote.ask_again(lambda: remote_method(token, *args), patience_s)
         return remote.ask(remote_method(token, *args))
+
+
+def patience_of(left_s: float) -> float:
+    """How long an answer is waited for where ``left_s`` seconds are left for more than that."""
+    return min(remote.PATIENCE_S, max(_LEAST_PATIENCE_S, left_s))

@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from ..api import Deployment, patience_of
 from ..status import OperationStatus
-
-if TYPE_CHECKING:
-    from ..api import Deployment
 
 _LOOK_S = 0.5
 _STYLES = {"running": "yellow", "done": "green", "failed": "red", "canceled": "dim", "superseded": "dim"}
@@ -48,7 +45,7 @@ def watch(
             left_s = end_s - now()
             if status.state != "running" or left_s <= 0:
                 return status
-            status = deployment.operation(status.id, min(_LOOK_S, left_s))
+            status = deployment.operation(status.id, min(_LOOK_S, left_s), patience_of(left_s))
 
 
 def _now(status: OperationStatus) -> str:

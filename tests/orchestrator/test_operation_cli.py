@@ -73,6 +73,26 @@ def test_who_asks_to_wait_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None
     assert given_s[-1] > 300.0
 
 
+@pytest.mark.parametrize("command", ["scale --workers 3 --timeout 5s", "wait"])
+def test_a_limit_holds_while_the_controller_is_away(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    install(monkeypatch, FakeController(RUNNING))
+    patience_s: list[float] = []
+
+    def away(call: Callable[[], Any], given_s: float) -> Any:
+        patience_s.append(given_s)
+        if len(patience_s) > (command != "wait"):
+            raise Unavailable("it starts again")
+        return call()()
+
+    monkeypatch.setattr(remote, "ask_again", away)
+    if command == "wait":
+        with pytest.raises(Unavailable):
+            Deployment("mine").wait("op-1", timeout_s=5.0)
+    else:
+        assert isinstance(run(*command.split()).exception, Unavailable)
+    assert 4.0 < patience_s[-1] <= 10.0
+
+
 def test_waiting_shows_phases_and_says_how_long_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
     forming = replace(RUNNING, phase="forming the generation", bytes_done=8_000_000)
     controller = install(monkeypatch, FakeController(RUNNING, [RUNNING, forming, DONE]))
