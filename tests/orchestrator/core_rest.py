@@ -32,7 +32,7 @@ def _check_layout(state: State, layout: Layout, world: World, routes: Routes) ->
     done = max((i for i, o in enumerate(state.operations) if o.outcome == "done"), default=-1)
     must(done >= 0, "C9: nothing was ever done")
     must(not any(o.route for o in state.operations), "C9: an operation that has ended keeps its layouts")
-    later = (each for o in state.operations[done + 1 :] for each in routes[o.id])
+    later = (each for o in state.operations[done + 1 :] if o.outcome != "canceled" for each in routes[o.id])
     allowed = [routes[state.operations[done].id][-1], *later]
     if layout in allowed:
         return

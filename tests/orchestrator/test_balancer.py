@@ -121,6 +121,17 @@ def test_skewed_loads_move_experts_and_even_ones_do_not(tmp_path, spare_slots):
     assert balancer.reason.startswith("stay")
 
 
+@pytest.mark.parametrize(("horizon_s", "moves"), [(60.0, True), (0.2, False)])
+def test_a_gain_that_does_not_pay_within_the_horizon_is_left(horizon_s, moves):
+    """C5: the same plan, for the same loads; what it costs is a pause of 50 ms."""
+    site = Site(SEATS, MODEL)
+    current = first_placement(site, even_loads(MODEL), Clock())
+    skewed = np.ones((2, 8))
+    skewed[:, [e for e in range(8) if current.replicas_LE[0][e][0].device == 0]] = 1.5
+    verdict = better_placement(site, Loads(skewed), current, horizon_s, Clock())
+    assert (verdict.placement is not None) == moves, verdict.reason
+
+
 def test_staying_is_explained():
     site = Site(SEATS, MODEL)
     current = first_placement(site, even_loads(MODEL), Clock())

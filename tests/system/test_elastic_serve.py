@@ -217,7 +217,7 @@ def test_a_process_that_dies_during_a_change_is_not_noticed(
     for workers in (3, 2):
         status = deployment.status()
         operation = deployment.scale(workers)
-        time.sleep(moments.uniform(0.0, 0.1))
+        time.sleep(moments.uniform(0.0, 0.4))
         states.append(deployment.operation(operation.id).state)
         struck = [process for pid in victims(server, status) if (process := Process.of(pid)) is not None]
         assert struck
@@ -225,8 +225,6 @@ def test_a_process_that_dies_during_a_change_is_not_noticed(
             os.kill(process.pid, number)
         wait_for(lambda: not any(p.runs for p in struck), lambda: f"still there: {struck}")  # noqa: B023
         ended = deployment.wait(operation.id, WAIT_S)
-        if ended.state == "failed":
-            ended = deployment.wait(deployment.scale(workers).id, WAIT_S)
         assert ended.state == "done", ended
         settled(deployment, workers)
     assert "running" in states, "none was struck before its end"
