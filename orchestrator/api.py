@@ -21,7 +21,7 @@ from .status import DeploymentStatus, OperationStatus
 from .tokens import find_token
 
 _POLL_S = 5.0  # the controller answers at once when something changes
-_LEAST_PATIENCE_S = 1.0
+_LEAST_PATIENCE_S = 5.0
 _TWICE = frozenset({"scale", "rebalance", "operation"})  # asking for the same twice is asking for it once
 
 

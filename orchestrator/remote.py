@@ -47,9 +47,9 @@ def connect_to(address: str | None) -> None:
     OperatorError
         No cluster answers there.
     """
-    if address == LOCAL:
-        raise OperatorError(f"address: {LOCAL!r} would start another Ray; expected that of a running one, host:port")
     where = address or os.environ.get("RAY_ADDRESS") or "auto"
+    if where == LOCAL:
+        raise OperatorError(f"address: {LOCAL!r} would start another Ray; expected that of a running one, host:port")
     try:
         _knock(where)
         ray.init(where, namespace=NAMESPACE, log_to_driver=False, logging_level=_LOG_LEVEL)
@@ -81,7 +81,7 @@ def join_or_start(address: str | None, workers: int, verbose: bool) -> bool:
     OperatorError
         No cluster answers there, or none could be started.
     """
-    if address != LOCAL:
+    if (address or os.environ.get("RAY_ADDRESS")) != LOCAL:
         if address or os.environ.get("RAY_ADDRESS"):
             connect_to(address)
             return False

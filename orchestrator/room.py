@@ -16,7 +16,8 @@ _EXCHANGES = 2  # of the generation that serves and of the one that is coming
 
 
 def with_pools(layout: Layout, nodes: Iterable[NodeInfo]) -> Layout:
-    """The layout, in which the pools of new nodes have twice as many pages as their node could ever hold.
+    """The layout, in which the pools of new nodes have what they need now, as if every expert came there, and twice as
+    many pages as their node could ever hold.
 
     A page costs memory only once it is used; the pool's books, and what waits to be freed, have pages too.
     """
@@ -24,7 +25,8 @@ def with_pools(layout: Layout, nodes: Iterable[NodeInfo]) -> Layout:
     for node in nodes:
         if node.id in layout.nodes and node.id not in started:
             ever = 2 * (node.available_bytes or _UNKNOWN_BYTES) // layout.memory.page_bytes
-            started[node.id] = max(layout.needed_pages(node_pool(node.id)), min(_MOST_PAGES, ever))
+            needed = layout.needed_pages(node_pool(node.id))
+            started[node.id] = max(needed, min(_MOST_PAGES, needed + ever))
     return replace(layout, started=tuple(started.items()))
 
 
@@ -39,14 +41,12 @@ def held_experts(layouts: Sequence[Layout], node: str) -> dict[str, set[tuple[in
 
 
 def node_use(layout: Layout, node: str, before: Layout | None = None) -> dict[str, int]:
-    """Pages that a layout uses on a node, by what for; with ``before``, at most while it comes behind that one."""
+    """Pages that a layout uses on a node, by what for; with ``before``, just before it comes in that one's place."""
     held = held_experts([layout, before] if before else [layout], node)
-    kv = [sum(layout.kv_blocks(rank) for rank, seat in enumerate(layout.seats) if seat.node == node)]
-    if before:
-        kv.append(sum(sum(layout.kv_coming_from(before, pool).values()) for pool in held))
+    kv = [layout.kv_coming_from(before, pool) if before else layout.kv_in(pool) for pool in held]
     return {
         "experts": sum(map(len, held.values())) * layout.memory.expert_pages,
-        "KV cache": max(kv) * layout.memory.kv_block_pages,
+        "KV cache": sum(sum(blocks.values()) for blocks in kv) * layout.memory.kv_block_pages,
         "trunk": layout.memory.trunk_pages,
         "exchange": _EXCHANGES * layout.exchange_pages if node == layout.nodes[0] else 0,
     }
@@ -64,7 +64,8 @@ def check_nodes(layout: Layout, nodes: Iterable[NodeInfo], before: Layout | None
     """
     available = {node.id: node.available_bytes for node in nodes}
     for node in layout.nodes:
-        use = node_use(layout, node, before)
+        uses = [node_use(layout, node), *([node_use(layout, node, before)] if before else [])]
+        use = max(uses, key=lambda use: sum(use.values()))
         needed = sum(use.values()) * layout.memory.page_bytes
         taken = sum(node_use(before, node).values()) * layout.memory.page_bytes if before else 0
         if 0 < available.get(node, 0) < needed and needed > taken:

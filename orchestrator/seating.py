@@ -72,11 +72,11 @@ def further_seats(
     hosts = {node.id: node.host for node in nodes}
     entries = list(islice((e for e in free if not e.node or nodes_called(e.node, hosts)), workers - len(seats)))
     if len(seats) + len(entries) < workers:
-        leaving = [
-            e.device for e in inventory.entries if e.device in taken and e.device not in {s.device for s in seats}
-        ]
+        staying = {seat.device for seat in seats}
+        usable = [e.device for e in inventory.entries if not e.node or nodes_called(e.node, hosts)]
+        leaving = [device for device in usable if device in taken and device not in staying]
         passed_over = _passed_over(inventory.entries, hosts, shut)
-        if leaving:
+        if leaving and seats:
             passed_over += f"; that would have to leave first: {', '.join(leaving)} (--workers {len(seats)} before)"
         raise OperatorError(f"workers: {workers}; the cluster file lists {len(inventory.entries)} devices{passed_over}")
     held = Counter(seat.node for seat in seats)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal
+from weakref import ref
 
 from ...planners.placement import Placement
 from ...workers.generation import TRUNK_KEY, ExchangeKind, expert_key, kv_key
@@ -144,15 +145,15 @@ class Layout:
         """Whether what KV ``old`` has in a pool may stay until this layout serves: with the experts of both that is no
         more than one of them takes. Alone on a node a deployment's pool has every expert already."""
         known = self._beside.get(pool)
-        if known is None or known[0] is not old:
+        if known is None or known[0]() is not old:
             before, after = old.experts_in(pool), self.experts_in(pool)
             kv_before, kv_after = old.kv_in(pool), self.kv_in(pool)
             most = max(self._pages(before, kv_before), self._pages(after, kv_after))
-            known = self._beside[pool] = old, self._pages(before | after, {**kv_after, **kv_before}) <= most
+            known = self._beside[pool] = ref(old), self._pages(before | after, {**kv_after, **kv_before}) <= most
         return known[1]
 
     @cached_property
-    def _beside(self) -> dict[str, tuple[Layout, bool]]:
+    def _beside(self) -> dict[str, tuple[ref[Layout], bool]]:
         """By pool what was found last, and for which layout: every decision asks for it, for each device."""
         return {}
 

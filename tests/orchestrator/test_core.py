@@ -372,10 +372,7 @@ def test_kv_stays_until_the_switch_where_shared_memory_holds_it(nodes, data):
         assert all(new.kv_blocks_coming_from(old, device) == expected[device] for device in staying)
         if nodes == 1 and not set(after) - set(before):
             assert fits  # nobody comes, so nothing needs to be given up
-        if staying == set(before) | set(after):
-            assert _pages(old, pool, new, {d: min(before[d], expected[d]) for d in staying}) <= max(
-                most, _pages(old, pool, new, after)
-            )
+        assert new.kv_coming_from(old, pool) == {**before, **after, **{d: min(before[d], expected[d]) for d in staying}}
 
 
 def _pages(old: Layout, pool: str, new: Layout, blocks: dict[str, int] | None = None) -> int:
