@@ -145,6 +145,7 @@ class FakeWorker:
     limits_s: list[float | None] = field(default_factory=list)
     limited: asyncio.Event = field(default_factory=asyncio.Event)
     abandoned: int = 0
+    told: list[int] = field(default_factory=list)  # generations in which it was to park
 
     async def _alive(self) -> None:
         while self.hangs and not self.dead:
@@ -188,6 +189,7 @@ class FakeWorker:
         await self._alive()
         if self.serving == generation:
             self.parked = "told"
+            self.told.append(generation)
         return await self.report()
 
     async def kv_pages(self) -> tuple[int, ...]:

@@ -763,9 +763,8 @@ def test_memory_of_a_node_that_was_silent_is_given_back_when_it_is_there_again(c
     async def go() -> None:
         async with controlled(checkpoint, 2, HERE, THERE) as (controller, hands, token):
             hands.alive = [HERE]
-            await until(lambda: controller._state.broken)
-            hands.workers[0].parked = "PeerLost"
             await until(lambda: hands.workers[0].serving > 1 and not controller._state.broken)
+            assert hands.workers[0].told == [1], "between nodes it would not have noticed"
             (lost,) = [owner for owner in hands.owners if owner.config_.name.endswith("/there")]
             assert lost.extents
             assert not lost.dead

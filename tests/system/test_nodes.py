@@ -73,7 +73,10 @@ def vanish(cluster: Cluster, node: Any) -> None:
 
 
 def silence(node: Any) -> list[Process]:
-    """As if its network had failed: connections stay, and nothing comes any more. Returns whom to kill afterwards."""
+    """As if its network had failed: connections stay, and nothing comes any more. Returns whom to kill afterwards.
+
+    Not quite so: its ports accept connections, so that it counts as there.
+    """
     everything = processes(node)
     for process in everything:
         os.kill(process.pid, signal.SIGSTOP)
@@ -193,7 +196,7 @@ async def lose(streams: Streams, controller: Any, cluster: Cluster, node: Any) -
 
 
 def test_a_node_that_falls_silent_is_not_waited_for_in_the_exchange(checkpoint: Path, cluster: Cluster) -> None:
-    """Two of three nodes go on; over gloo they would have waited for the third one for half an hour."""
+    """Two of three nodes stop, and go on without it; over gloo they would have waited for it for half an hour."""
 
     async def go(config: DeploymentConfig, controller: Any, lost: Any) -> None:
         async with Streams.of(config.name, config.token) as streams:
@@ -202,17 +205,21 @@ def test_a_node_that_falls_silent_is_not_waited_for_in_the_exchange(checkpoint: 
             await streams.more(6)
             stopped = await asyncio.to_thread(silence, lost)
             try:
-                left = await settled(controller, 2)
-                assert lost.node_id not in nodes_of(left)
-                await streams.more(6)
-                print(f"silence when a node fell silent: {streams.silent_s:.2f} s")
+                async with asyncio.timeout(WAIT_S):
+                    while [w.state for w in (await controller.status.remote()).workers].count("parked") < 2:
+                        await asyncio.sleep(0.1)
             finally:
                 for process in stopped:
                     os.kill(process.pid, signal.SIGKILL)
             await asyncio.to_thread(cluster.remove_node, lost, False)
+            assert lost.node_id not in nodes_of(await settled(controller, 2))
+            await streams.more(6)
 
     nodes = [cluster.add_node(**NODE) for _ in range(2)]
-    with deployed(checkpoint, "silent", workers=3, exchange_timeout_s=1800.0) as (config, controller):
+    with deployed(checkpoint, "silent", workers=3, exchange_timeout_s=1800.0, hang_timeout_s=4.0) as (
+        config,
+        controller,
+    ):
         asyncio.run(go(config, controller, nodes[1]))
     cluster.remove_node(nodes[0])
 
