@@ -9,10 +9,11 @@ import sys
 import threading
 from multiprocessing.connection import Connection
 
-from concertina.errors import ConcertinaError
+from concertina.errors import ConcertinaError, InternalError
 from concertina.workers.worker import Worker
 
-_TELLING = ("prepare", "abandon", "commit")  # as `WorkerService` answers these
+_TELLING = ("prepare", "abandon", "commit", "park")  # as `WorkerService` answers these
+_PARK_S = 0.5
 
 
 class Desk:
@@ -37,12 +38,15 @@ class Desk:
 
     def _call(self, worker: Worker | None, number: int, name: str, args: tuple[object, ...]) -> None:
         try:
-            answer = getattr(worker, name)(*args)
+            answer = getattr(worker, name)(*args, *((_PARK_S,) if name == "park" else ()))
             if worker is not None and name in _TELLING:
                 answer = worker.report()
         except ConcertinaError as e:
             # Not kept in a variable: its traceback has this frame, and those of a worker that hold what it maps.
             self._send(number, e)
+            return
+        except Exception as e:  # noqa: BLE001 - a test's mistake: without an answer it would wait for ever
+            self._send(number, InternalError(f"{type(e).__name__}: {e}"))
             return
         self._send(number, answer)
 

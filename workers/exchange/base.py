@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from math import inf
 from typing import Protocol, TypeVar
 
@@ -162,7 +163,8 @@ class BaseExchange(ABC):
     def give_up(self, reason: str) -> None:
         if not self._closed:
             self._fail(PeerLost(-1, reason))
-            self._ring()
+            with suppress(PeerLost):  # of a bell that has ended, too: then nobody sleeps on it
+                self._ring()
 
     @abstractmethod
     def _gather(self, row: Sequence[int]) -> list[list[int]]: ...
