@@ -50,8 +50,6 @@ class Layout:
     started : tuple of (str, int)
         Nodes, and the pages that their pools are started with: a pool never grows, whatever comes to its node, and a
         page costs memory only once it is used.
-    node_pages : int
-        Pages of the pool of a node that is not in ``started``, at least.
     ledger_record_bytes : int
         See `OwnerConfig`.
     length_blocks : int
@@ -68,7 +66,6 @@ class Layout:
     exchange_pages: int = 0
     reserved_experts: tuple[int, ...] = ()
     started: tuple[tuple[str, int], ...] = ()
-    node_pages: int = 0
     ledger_record_bytes: int = 0
     length_blocks: int = 0
     inventory: Inventory = ALIKE
@@ -180,7 +177,7 @@ class Layout:
         """Pages of a pool, its page table and ledger included; those of a device alone never change."""
         if not is_node_pool(pool):
             return self.own_pool_pages(next(seat for seat in self.seats if own_pool(seat) == pool))
-        return self._started.get(pool) or max(self.needed_pages(pool), self.node_pages)
+        return self._started.get(pool) or self.needed_pages(pool)
 
     @cached_property
     def _started(self) -> dict[str, int]:

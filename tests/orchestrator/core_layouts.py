@@ -52,7 +52,7 @@ def node_pages(layouts: Sequence[Layout]) -> tuple[Layout, ...]:
     pools = {pool for layout in layouts for pool in layout.pools if pool.startswith("node/")}
     most = max(layout.pool_pages(pool) for layout in layouts for pool in pools)
     more = 2 * max(layout.memory.device_pages for layout in layouts)
-    return tuple(replace(layout, node_pages=most + more) for layout in layouts)
+    return tuple(replace(layout, started=tuple((node, most + more) for node in "ab")) for layout in layouts)
 
 
 def _random_layout(order: random.Random, devices: int, nodes: int, memory_mode: MemoryMode) -> Layout:

@@ -266,7 +266,7 @@ def test_an_operation_planned_from_elsewhere_takes_no_memory_that_sequences_need
     state, snapshot = _at_rest(mode, 0)
     assert state.serving is not None
     needed = state.serving.layout.kv_blocks(0)
-    here = replace(state.serving.layout, length_blocks=needed, node_pages=100)
+    here = replace(state.serving.layout, length_blocks=needed, started=(("a", 100),))
     state = replace(state, serving=replace(state.serving, layout=here))
     decided = step(request(state, "scale", "", (_mirrored(here),), 0.0), snapshot).state
     ended = decided.operations[-1]
