@@ -261,6 +261,8 @@ class Cluster:
             member.report = replace(member.report, failed=f"{type(e).__name__}: {e}")
         finally:
             member.asked = None
+        if self.hands.now_s() - member.asked_s > _PATIENCE_S:
+            self.changed()  # a decision was made without this
 
     async def _watch_worker(self, member: Member) -> None:
         seen = member.report

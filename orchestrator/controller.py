@@ -49,19 +49,19 @@ _EXPERTS = "experts"  # what a rebalancing is about
 
 @dataclass(slots=True)
 class Moved:
-    """Bytes loaded or copied for the operation under way, and in all before it began."""
+    """Bytes loaded or copied for the operation under way, with those that are coming, and in all before it began."""
 
     operation: str = ""
     done: int = 0
     total: int = 0
     done_before: int = 0
-    total_before: int = 0
 
-    def note(self, operation: str, done: int, total: int) -> None:
+    def note(self, operation: str, done: int, coming: int) -> None:
         """Take in the deployment's counters; a new operation begins at zero."""
         if operation != self.operation:
-            self.operation, self.done_before, self.total_before = operation, done, total
-        self.done, self.total = done - self.done_before, total - self.total_before
+            self.operation, self.done_before = operation, done
+        self.done = done - self.done_before
+        self.total = self.done + coming
 
 
 class Controller:
@@ -161,7 +161,8 @@ class Controller:
     async def progress(self) -> Progress:
         """How far starting up is."""
         await self._cluster.ask()
-        return Progress(self._reason, self._cluster.moved_bytes, self._deeds.wanted_bytes if self._deeds else 0)
+        done = self._cluster.moved_bytes
+        return Progress(self._reason, done, done + (self._deeds.coming_bytes if self._deeds else 0))
 
     async def stop(self) -> None:
         """End the loop, all workers and all owners, and forget the state."""
@@ -253,15 +254,16 @@ class Controller:
         _check_name("drain", device)
         if deadline_s is not None and not (isinstance(deadline_s, Real) and 0 <= deadline_s < inf):
             raise OperatorError(f"deadline: {deadline_s!r}; expected seconds, 0 or more")
+        until_s = None if deadline_s is None else self._hands.now_s() + deadline_s  # planning takes of it
         replanner = self._serving()
         base = await replanner.look()
-        leaving = replanner.leaving(base, device, deadline_s)
+        leaving = replanner.leaving(base, device, until_s)
         current = self._asked("drain", leaving.node or device)
         if current is None and replanner.has_left(base, device):
             current = self._state.operation
         if current is None:
             base, way = await replanner.plan(lambda now, c: drained(now, device, c))
-            leaving = replanner.leaving(base, device, deadline_s)
+            leaving = replanner.leaving(base, device, until_s)
         else:
             way = current.route
         text, subject = f"{device}: {_change(base, way)}", leaving.node or device
@@ -381,7 +383,7 @@ class Controller:
         # Nothing slow between this and the decision.
         snapshot = await self._cluster.look(under_way.busy, under_way.take_errors())
         if self._state.operation is not None and self._deeds is not None:
-            self._moved.note(self._state.operation.id, self._cluster.moved_bytes, self._deeds.wanted_bytes)
+            self._moved.note(self._state.operation.id, self._cluster.moved_bytes, self._deeds.coming_bytes)
         facts: dict[str, WorkerFact | PoolFact] = {**snapshot.workers, **snapshot.pools}
         for name, fact in facts.items():
             if fact.failed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import ConcertinaError, InternalError, OperatorError, Unreachable
 from ..workers.engine.scheduler import SchedulerConfig
@@ -12,7 +12,7 @@ from ..workers.model_files import ModelFiles
 from ..workers.owner_roles import OwnerConfig
 from ..workers.pages.transfer import CopyPlan
 from ..workers.roles import WorkerConfig, WorkerReport
-from .cluster import Cluster, Member
+from .cluster import Cluster, Member, Pool
 from .config import DeploymentConfig
 from .core.facts import (
     Abandon,
@@ -40,6 +40,18 @@ from .starting import started
 _WEIGHTS = ("experts", "trunk")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Filling:
+    """A pool that takes in weights, and the `Pool.moved_bytes` at which it has them."""
+
+    pool: Pool
+    until_bytes: int
+
+    @property
+    def left_bytes(self) -> int:
+        return max(0, self.until_bytes - self.pool.moved_bytes)
+
+
 @dataclass
 class Deeds:
     """The effects of one deployment.
@@ -49,14 +61,17 @@ class Deeds:
     model : ModelFiles
     registry : Registry
     kv : KVDeeds
-    wanted_bytes : int
-        Bytes of weights that were asked for so far.
     """
 
     model: ModelFiles
     registry: Registry
     kv: KVDeeds
-    wanted_bytes: int = 0
+    _filling: list[_Filling] = field(default_factory=list)
+
+    @property
+    def coming_bytes(self) -> int:
+        """Bytes of weights that were asked for and are not there yet."""
+        return sum(filling.left_bytes for filling in self._filling)
 
     @property
     def _config(self) -> DeploymentConfig:
@@ -189,10 +204,15 @@ class Deeds:
         pieces = list(self.model.pieces(keys))
         copies = self._copies(effect.pool, keys)
         copied = {plan.key for plan in copies}
-        self.wanted_bytes += sum(len(plan.pages) for plan in copies) * pool.config.page_bytes
-        self.wanted_bytes += sum(p.source.nbytes for p in pieces if p.key not in copied)
+        wanted_bytes = sum(len(plan.pages) for plan in copies) * pool.config.page_bytes
+        wanted_bytes += sum(p.source.nbytes for p in pieces if p.key not in copied)
+        filling = _Filling(pool, pool.moved_bytes + wanted_bytes)
+        self._filling.append(filling)
         asked_s = self._cluster.hands.now_s()
-        told = await pool.handle.fill(effect.requests, pieces, copies, pool.version)
+        try:
+            told = await pool.handle.fill(effect.requests, pieces, copies, pool.version)
+        finally:
+            self._filling.remove(filling)  # also if it failed: what is missing then is asked for anew
         pool.hear(told, asked_s, self._cluster.hands.now_s())
 
     def _copies(self, pool: str, keys: Sequence[str]) -> list[CopyPlan]:

@@ -65,12 +65,11 @@ class Replanner:
         context = Context.of(registry.config, self.model, nodes, now_s, self.loads())
         return replace(context, cordoned=registry.state().cordoned, leavers=self._leavers())
 
-    def leaving(self, base: Layout, name: str, deadline_s: float | None) -> Leaving:
-        """What a drain of a device or node asks for; raises `OperatorError` if there is none of that name."""
+    def leaving(self, base: Layout, name: str, until_s: float | None) -> Leaving:
+        """What a drain of a device or node by that time asks for; `OperatorError` if there is none of that name."""
         context = self.context()
         devices = named_devices(base, name, context)
-        until_s = 0.0 if deadline_s is None else context.now() + deadline_s
-        deadlines = {} if deadline_s is None else dict.fromkeys(devices, until_s)
+        deadlines = {} if until_s is None else dict.fromkeys(devices, until_s)
         return Leaving(deadlines, named_node(base, name, context), begun=not devices <= set(base.devices))
 
     def has_left(self, base: Layout, name: str) -> bool:

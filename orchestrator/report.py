@@ -88,12 +88,14 @@ def member_list(
     if record is None or state.failure:
         return MemberList(version)
     listed, awaited = [], []
-    for worker, device in zip(record.workers, record.layout.devices, strict=True):
-        member = members.get(worker)
+    fastest = max(seat.kind.flops for seat in record.layout.seats)
+    for worker, seat in zip(record.workers, record.layout.seats, strict=True):
+        member, device = members.get(worker), seat.device
         if member is None or member.report.failed or member.report.address is None:
             awaited.append(device)
         else:
-            listed.append(WorkerAddress(worker, *member.report.address, device))
+            speed = seat.kind.flops / fastest
+            listed.append(WorkerAddress(worker, *member.report.address, device, speed=speed))
     for worker, member in members.items():
         if worker not in record.workers and member.report.address is not None and member.report.device:
             listed.append(WorkerAddress(worker, *member.report.address, member.report.device, draining=True))

@@ -107,13 +107,17 @@ class DeploymentStatus:
 
 @dataclass(frozen=True, slots=True)
 class WorkerAddress:
-    """Where a worker takes requests, and the device that it runs on. One that is draining gets no new ones."""
+    """Where a worker takes requests, and the device that it runs on. One that is draining gets no new ones.
+
+    ``speed`` is its device's, relative to the fastest one that serves.
+    """
 
     worker: str
     host: str
     port: int
     device: str = ""
     draining: bool = False
+    speed: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

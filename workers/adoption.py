@@ -6,7 +6,7 @@ import logging
 import mmap
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,6 +21,7 @@ from .engine.lockstep import Row
 from .generation import AT_SWITCH_BLOCKS, LEDGER_KEY, KVSource
 from .kv.ledger import BlockRecord, Ledger, record_bytes
 from .pages.transfer import PageReader, open_pages
+from .remapping import part_with, take_in, take_in_beside
 
 _log = logging.getLogger(__name__)
 
@@ -66,21 +67,23 @@ def adopt(
 ) -> None:
     """Take over what the ledger says of ``source``, then give up what is free or cached until ``blocks`` are left.
 
-    Pages of the same pool are mapped. Others are copied, in this thread, into blocks that nobody uses, as many
-    as there are and as long as ``go_on()``; steps go on meanwhile. What is worth least is copied first, so that it is
-    evicted first, unless ``hurried()``: then it may not come to the end.
+    Pages of the same pool are mapped. Others are copied, in this thread, into blocks that nobody uses, as long as
+    ``go_on()``. Steps go on meanwhile. What is worth least comes first, so that it is evicted first, unless
+    ``hurried()``: then it may not come to the end. What no sequence had takes no more than its part of the room
+    (`EngineCore.worth_adopting`), and what sequences wait for here is the last to go.
 
     Raises
     ------
     InternalError, OperatorError
         The source cannot be read; what had been copied until then stays.
     """
-    if kv.shares_pool(source.pool.address):
-        engine.call(lambda: _map(engine, kv, kv.unmapped(source.pages), blocks))
-    else:
-        with _open(kv, source, _ADOPT_READ_S) as reader:
-            _copy(engine, kv, source, reader, go_on, hurried)
-        engine.call(lambda: kv.unmap(engine.adopt([], blocks)))
+    with engine.keeping_awaited():
+        if kv.shares_pool(source.pool.address):
+            _map_rest(engine, kv, source, blocks)
+        else:
+            with _open(kv, source, _ADOPT_READ_S) as reader:
+                _copy(engine, kv, source, reader, go_on, hurried)
+        part_with(engine, kv, blocks, engine.give_up)
 
 
 def await_sequences(engine: Engine, due: int, rows: Sequence[Row], part: float) -> None:
@@ -162,10 +165,11 @@ class Inheritance:
         self.due = engine.submitted_before  # those that have come already, faster than this, count as well
         try:
             for begins, groups in self._near:
-                used = [group for group in groups if kv.ledger.used(group[0])]
-                mapped = _map(engine, kv, used[:AT_SWITCH_BLOCKS], kv.positions)
-                self._kept[begins] = mapped
-                self.due += kv.ends(mapped.values())
+                used = [group for group in groups if kv.ledger.used(group[0])][:AT_SWITCH_BLOCKS]
+                blocks = _blocks(kv, used)
+                take_in(engine, kv, blocks)
+                self._kept[begins] = kept = {pages[0]: record for pages, record in blocks}
+                self.due += kv.ends(kept.values())
             until_s = time.monotonic() + _READ_S
             for source, reader in self._readers:
                 if time.monotonic() < until_s:
@@ -265,14 +269,25 @@ class Inheritance:
         return found is not None and _content(found) == _content(record)
 
 
-def _map(engine: Engine, kv: DeviceKV, groups: Sequence[tuple[int, ...]], blocks: int) -> dict[int, BlockRecord]:
-    """Map what the ledger knows of these blocks; what that is, by their pages."""
+def _blocks(kv: DeviceKV, groups: Iterable[tuple[int, ...]]) -> list[tuple[tuple[int, ...], BlockRecord]]:
+    """Those that this pool's ledger says something of."""
     read = ((group, kv.ledger.read(group[0])) for group in groups)
-    known = [(group, record) for group, record in read if record is not None]
-    mapped = kv.map([page for group, _ in known for page in group])
-    records = {group[0]: record for group, record in known}
-    kv.unmap(engine.adopt(list(zip(mapped, records.values(), strict=True)), blocks))
-    return records
+    return [(group, record) for group, record in read if record is not None]
+
+
+def _map_rest(engine: Engine, kv: DeviceKV, source: KVSource, blocks: int) -> None:
+    rest, known = Throttle(engine.step_s), list[_Known]()
+    for group in kv.unmapped(source.pages):  # its worker writes it no more, and nobody else does yet
+        known += [_Known(*block, 0) for block in _blocks(kv, [group])]
+        rest()
+    take_in_beside(engine, kv, [(each.pages, each.record) for each in _worth_taking(engine, known, blocks)])
+
+
+def _worth_taking(engine: Engine, known: Sequence[_Known], blocks: int) -> list[_Known]:
+    """What is to come into a cache of so many blocks, the least useful first."""
+    used = sum(each.record.used for each in known)
+    count = engine.worth_adopting(used, len(known) - used, blocks)
+    return sorted(known, key=lambda each: each.record.eviction_rank)[len(known) - count :]
 
 
 def _open(kv: DeviceKV, source: KVSource, request_timeout_s: float) -> PageReader:
@@ -292,8 +307,7 @@ def _copy(
     hurried: Callable[[], bool],
 ) -> None:
     missing = _missing(kv, _read_records(kv, source, reader))
-    load = engine.load
-    missing = missing[max(0, len(missing) - (load.kv_blocks - load.kv_blocks_used)) :]
+    missing = _worth_taking(engine, missing, engine.load.kv_blocks)
     best: list[int] = []  # blocks that were filled in a hurry, the least useful first
     rest = Throttle(engine.step_s)
     while missing and go_on():
@@ -338,14 +352,13 @@ def _fill(
 
 
 def _missing(kv: DeviceKV, theirs: Sequence[_Known]) -> list[_Known]:
-    """What cannot be found on this device, the least useful first.
+    """What cannot be found on this device.
 
     A running sequence keeps its half-filled block to itself, so that another one's is wanted even if it is the same.
     """
     ours = (kv.ledger.read(group[0]) for group in kv.grouped(kv.pages))
     found = {_content(r) for r in ours if r is not None and not (r.used and len(r.tokens) < kv.block_tokens)}
-    missing = [known for known in theirs if _content(known.record) not in found]
-    return sorted(missing, key=lambda known: known.record.eviction_rank)
+    return [known for known in theirs if _content(known.record) not in found]
 
 
 def _content(record: BlockRecord) -> _Content:

@@ -22,8 +22,8 @@ class DeviceKV:
     """One device's KV blocks and the ledger of its pool, mapped once by the device's worker.
 
     Addresses are reserved for as many blocks as the pool could hold; a block's number is its position among them. Its
-    pages may be any, so that blocks come and go without moving others. Blocks are mapped and unmapped by one thread
-    at a time, which also is the one that runs the model, or while nobody does.
+    pages may be any, so that blocks come and go without moving others. They are mapped whenever somebody likes, since
+    nobody touches them until the engine knows them, and unmapped between steps.
 
     Parameters
     ----------
@@ -58,6 +58,7 @@ class DeviceKV:
         self.cache = KVCache(model, dtype, buffer_u8, self.positions, self.block_tokens, self.block_bytes)
         self.ledger = self._map_ledger(self._extent(LEDGER_KEY))
         self._pages: dict[int, tuple[int, ...]] = {}
+        self._blocks: dict[int, int] = {}  # by their first pages
         self._free: list[int] = []  # positions that were given up: a heap. Those from `_fresh` on were never taken
         self._fresh = 0
         self._lock = threading.Lock()
@@ -87,14 +88,13 @@ class DeviceKV:
     def blocks_at(self, pages: Iterable[int]) -> list[int]:
         """Blocks by the pages that `page_of` gives, without those that are not mapped any more."""
         with self._lock:
-            blocks = {own[0]: block for block, own in self._pages.items()}
-        return [blocks[page] for page in pages if page in blocks]
+            return [self._blocks[page] for page in pages if page in self._blocks]
 
     @property
     def running(self) -> int:
         """How many sequences run, as the ledger has it."""
         with self._lock:
-            firsts = [pages[0] for pages in self._pages.values()]
+            firsts = list(self._blocks)
         read = [self.ledger.read(page) for page in firsts if self.ledger.used(page)]
         return self.ends([record for record in read if record is not None])
 
@@ -106,7 +106,8 @@ class DeviceKV:
 
     def memory(self, block: int) -> memoryview:
         """The bytes of a mapped block."""
-        return self._range.memory(block * self.block_bytes, self.block_bytes)
+        with self._lock:
+            return self._range.memory(block * self.block_bytes, self.block_bytes)
 
     def grouped(self, pages: Sequence[int]) -> list[tuple[int, ...]]:
         """A KV extent's pages block by block.
@@ -122,9 +123,9 @@ class DeviceKV:
 
     def unmapped(self, pages: Sequence[int]) -> list[tuple[int, ...]]:
         """Those blocks of a KV extent, as their pages, that are not mapped here; raises as `grouped` does."""
+        groups = self.grouped(pages)
         with self._lock:
-            known = {own[0] for own in self._pages.values()}
-        return [group for group in self.grouped(pages) if group[0] not in known]
+            return [group for group in groups if group[0] not in self._blocks]
 
     def map(self, pages: Sequence[int]) -> list[int]:
         """Map a KV extent's pages as blocks; those that are mapped already are skipped. Returns the new blocks.
@@ -136,15 +137,18 @@ class DeviceKV:
         PagesHeld
             An owner is freeing one of the pages.
         """
-        groups = self.unmapped(pages)
+        groups = self.grouped(pages)
         with self._lock:
+            groups = [group for group in groups if group[0] not in self._blocks]
             blocks = self._take(len(groups))
             done = 0
             try:
                 for first, count in runs(blocks):
                     flat = [page for group in groups[done : done + count] for page in group]
                     self._range.map(first * self.block_pages, self.pool, flat)
-                    self._pages.update(zip(range(first, first + count), groups[done : done + count], strict=True))
+                    new = dict(zip(range(first, first + count), groups[done : done + count], strict=True))
+                    self._pages.update(new)
+                    self._blocks.update((own[0], block) for block, own in new.items())
                     done += count
             except Exception:
                 self._unmap(blocks[:done])
@@ -204,5 +208,5 @@ class DeviceKV:
         for first, count in runs(sorted(blocks)):
             self._range.unmap(first * self.block_pages, count * self.block_pages)
         for block in blocks:
-            del self._pages[block]
+            del self._blocks[self._pages.pop(block)[0]]
             heapq.heappush(self._free, block)

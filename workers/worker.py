@@ -25,6 +25,7 @@ from .generation import Assignment, KVSource
 from .mapping import Part, fetch_pools, join
 from .pages.memfd import MemfdPool
 from .pages.sharing import PoolServer
+from .remapping import resize
 from .roles import WorkerConfig, WorkerReport
 from .service import Failed, Parked, Retired, Running, Service
 
@@ -159,7 +160,7 @@ class Worker:
         return () if kv is None else kv.pages
 
     def resize_kv(self, blocks: int, fresh: Sequence[int]) -> tuple[int, ...]:
-        """At the next boundary, map more pages as empty blocks, then give up blocks until ``blocks`` are mapped.
+        """Map more pages as empty blocks, then give up blocks until ``blocks`` are mapped.
 
         Free blocks go first, then cached ones, then those of the latest arrivals, which wait again.
 
@@ -180,7 +181,8 @@ class Worker:
             There is no engine.
         """
         service, kv = self._serving()
-        service.call(lambda: kv.unmap(service.engine.resize(kv.map(fresh), blocks)))
+        service.check()
+        resize(service.engine, kv, blocks, fresh)
         return kv.pages
 
     def adopt_kv(self, source: KVSource, blocks: int, limit_s: float | None = None) -> tuple[int, ...]:

@@ -65,9 +65,7 @@ class ActorMembers:
             raise InternalError(f"actor {self.actor!r} does not tell its members: {e}") from e
 
     def _roster(self, listed: MemberList) -> Roster:
-        members = (
-            Member(a.worker, a.host, a.port, self.token, draining=a.draining, device=a.device) for a in listed.workers
-        )
+        members = (Member(a.worker, a.host, a.port, self.token, a.speed, a.draining, a.device) for a in listed.workers)
         return Roster(tuple(members), listed.awaited, listed.heirs)
 
 

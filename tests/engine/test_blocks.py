@@ -51,6 +51,7 @@ class Blocks(RuleBasedStateMachine):
         self.blocks = BlockManager(blocks, SIZE, self.caching, Notes(self.stores.ledger(), page_of))
         self.here = set(blocks)
         self.reserved: set[int] = set()
+        self.kept: set[int] = set()
         self.tokens: dict[str, list[int]] = {}
         self.written: dict[str, int] = {}
 
@@ -136,24 +137,34 @@ class Blocks(RuleBasedStateMachine):
         self.blocks.add(sorted(fresh))
         self.here |= fresh
 
-    @rule(blocks=numbers, tokens=tokens_lists)
-    def adopt(self, blocks: set[int], tokens: list[int]) -> None:
-        """New blocks, and those reserved before, with what another device had of a sequence."""
+    @rule(blocks=numbers, tokens=tokens_lists, noted=st.booleans())
+    def adopt(self, blocks: set[int], tokens: list[int], noted: bool) -> None:
+        """New blocks, and those reserved before, with what another device had of a sequence, and perhaps wrote down."""
         records: list[tuple[int, BlockRecord | None]] = []
         for i, block in enumerate(sorted(blocks - self.here | self.reserved)):
             held = tuple(tokens[i * SIZE : (i + 1) * SIZE])
             for place in range(len(held)):
                 self.memory[block, place] = tuple(tokens[: i * SIZE + place + 1])
             records.append((block, BlockRecord(digest(tuple(tokens[: i * SIZE])), held, True, i) if held else None))
-        self.blocks.adopt(records)
+        for block, record in records:
+            if noted and record is not None:
+                self.stores.ledger().begin(page_of(block), record)
+        self.blocks.adopt(records, noted=noted)
         self.here |= blocks
         self.reserved.clear()
 
+    @rule(blocks=numbers)
+    def keep(self, blocks: set[int]) -> None:
+        self.kept = set(blocks)
+        self.blocks.keep(blocks)
+
     @rule(count=st.integers(0, 3))
     def reserve(self, count: int) -> None:
-        available = self.blocks.available
+        kept = self.kept & set(self.blocks._idle)
+        available = self.blocks.available - len(kept)
         got = self.blocks.reserve(count)
         assert len(got) == min(count, available)
+        assert not kept & set(got)
         self.reserved |= set(got)
         self.memory.update({(block, 0): (-3,) for block in got})
         self.ledger_is_true()
@@ -162,6 +173,7 @@ class Blocks(RuleBasedStateMachine):
     def give_up(self, data: st.DataObject) -> None:
         count = data.draw(st.integers(0, self.blocks.capacity))
         used, available, before = self.blocks.used_blocks, self.blocks.available, self.blocks.tables()
+        kept = self.kept & set(self.blocks._idle)
         given = self.blocks.give_up(count)
         assert before == self.blocks.tables()
         if isinstance(given, ShrinkRefused):
@@ -170,6 +182,7 @@ class Blocks(RuleBasedStateMachine):
             return
         assert len(set(given)) == len(given) == count
         assert set(given) <= self.here - self.reserved
+        assert len(kept & set(given)) == max(0, count - (available - len(kept)))
         self.here -= set(given)
         self.memory.update({(block, place): (-4,) for block in given for place in range(SIZE)})
         self.ledger_is_true()

@@ -9,6 +9,7 @@ import pytest
 from concertina.errors import InternalError
 from concertina.workers.engine.engine import Engine
 from concertina.workers.engine.turns import Turns
+from concertina.workers.kv.ledger import ROOT, BlockRecord
 from concertina.workers.model.batch import Batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,7 +63,7 @@ def test_shrinking_sends_the_latest_back_and_keeps_what_was_computed() -> None:
         assert collected.tokens[name] == expected_greedy([ord(name) % 9, *PROMPT], 6)
 
 
-def test_adopting_preempts_nobody() -> None:
+def test_giving_up_preempts_nobody() -> None:
     engine = solo(10)
     for name in "ab":
         engine.submit(request(name, [ord(name) % 9, *PROMPT], max_tokens=8))
@@ -73,7 +74,8 @@ def test_adopting_preempts_nobody() -> None:
     kv = engine._kv
     assert isinstance(kv, FakeKV)
     kv.mapped |= {77, 78}
-    engine.adopt([(77, None), (78, None)], 2)
+    engine.take_in([(77, None), (78, None)])
+    assert set(engine.give_up(2)) >= {77, 78}
     assert engine.load.kv_blocks == engine.load.kv_blocks_used == used
     assert (engine.load.running, engine.stats.preemptions) == (2, 0)
 
@@ -87,6 +89,50 @@ def test_reserving_leaves_room_for_everyone_here() -> None:
     assert (engine.load.kv_blocks, engine.load.waiting) == (4, 0), "it cannot stay, but what is reserved does"
     engine.give_back([(block, None) for block in reserved])
     assert engine.load.kv_blocks_used == 0
+
+
+@given(blocks=st.integers(1, 12), used=st.integers(0, 12), unused=st.integers(0, 30), target=st.integers(0, 40))
+def test_what_is_adopted_takes_its_part_of_the_room(blocks: int, used: int, unused: int, target: int) -> None:
+    """And what sequences use comes before what they do not."""
+    engine = solo(12)
+    for i in range(blocks):
+        engine.submit(request(str(i), [i % 10, i // 10], max_tokens=1))
+    drain(engine, Collected())
+    cached = engine._core.scheduler.blocks.cached_blocks
+    assert cached == blocks
+    count = engine.worth_adopting(used, unused, target)
+    assert min(used, target) <= count <= used + unused
+    assert count == used + unused or count <= target
+    if used + unused + cached > target >= used:
+        both, left = unused + cached, target - used
+        assert (count - used) * both <= left * unused < (count - used + 1) * both
+    elif target >= used:
+        assert count == used + unused
+
+
+def test_what_is_waited_for_goes_last() -> None:
+    engine = solo(12, setting=config(max_running=1))
+    for name, first in (("a", 1), ("b", 2), ("c", 3)):
+        engine.submit(request(name, [first, *PROMPT, *PROMPT], max_tokens=1))
+        drain(engine, Collected())
+    blocks = engine._core.scheduler.blocks
+    engine.submit(request("runs", [5], max_tokens=3))
+    engine.step()
+    engine.submit(request("again", [1, *PROMPT, *PROMPT, 6], max_tokens=1))  # finds what is oldest
+    wanted = blocks.found([1, *PROMPT, *PROMPT, 6])
+    assert len(wanted) == 3
+    assert list(blocks._idle)[:3] == wanted[::-1]
+    with engine.keeping_awaited():
+        parted = engine.resize([], 10)
+        assert len(parted) == 2
+        reserved = engine.reserve(12)
+        assert len(reserved) >= 5
+        assert blocks.available == len(wanted)
+        assert not set(wanted) & {*parted, *reserved}
+        engine.give_back([(block, BlockRecord(ROOT, (block, 10))) for block in reserved])
+    assert list(blocks._idle)[-3:] == wanted[::-1]
+    collected = drain(engine, Collected())
+    assert collected.tokens["again"] == expected_greedy([1, *PROMPT, *PROMPT, 6], 1)
 
 
 def test_calls_are_served_between_steps_and_their_errors_come_back() -> None:

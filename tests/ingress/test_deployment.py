@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from concertina.orchestrator.demo import free_port
+from concertina.orchestrator.ingress.members import Member
 from concertina.orchestrator.ingress.settings import IngressSettings
 from concertina.orchestrator.status import MemberList, WorkerAddress
 from openai import APIError, BadRequestError, OpenAI
@@ -94,6 +95,17 @@ def test_no_answer_of_the_cluster_does_not_end_an_endpoint(monkeypatch: pytest.M
     assert lifeline._find() == "its id"
     monkeypatch.setattr(ray, "get_actor", lambda *_: (_ for _ in ()).throw(ValueError("no such actor")))
     assert lifeline._find() is None
+
+
+def test_members_are_what_the_controller_says_of_them() -> None:
+    from concertina.orchestrator.ingress.deployment import ActorMembers
+
+    listed = (WorkerAddress("w0", "host", 1, "cpu-0", speed=0.25), WorkerAddress("w1", "host", 2, "cpu-1", True))
+    roster = ActorMembers("controller", "test", "secret")._roster(MemberList(1, listed))
+    assert roster.members == (
+        Member("w0", "host", 1, "secret", speed=0.25, device="cpu-0"),
+        Member("w1", "host", 2, "secret", draining=True, device="cpu-1"),
+    )
 
 
 @pytest.mark.parametrize(("then", "deleted"), [("", True), ("another's id", False)])

@@ -218,6 +218,42 @@ def test_the_latest_report_counts_and_is_as_old_as_its_question() -> None:
     asyncio.run(go())
 
 
+class Late(FakeWorker):
+    """Its answers come when the test wants them."""
+
+    answers: asyncio.Event
+
+    async def report(self) -> WorkerReport:
+        await self.answers.wait()
+        return await super().report()
+
+
+def test_an_answer_that_was_not_waited_for_wakes() -> None:
+    """A decision was made without it, and the next one would ask anew."""
+
+    async def go() -> None:
+        hands, woken = FakeHands(HERE), list[None]()
+        cluster = Cluster(cast(Any, hands), 20.0, lambda: woken.append(None))
+        worker = Late(WORKER_CONFIG, hands.faults, 0)
+        worker.answers = asyncio.Event()
+        worker.answers.set()
+        await cluster.look_at_nodes()
+        await cluster.add_worker("worker-0", "here", cast(Any, worker))
+        try:
+            worker.answers.clear()
+            cluster.touch(ResizeKV("worker-0", 4))
+            await cluster.look(frozenset(), {})
+            before = len(woken)
+            await asyncio.sleep(0.05)
+            worker.answers.set()
+            await asyncio.sleep(0.05)
+            assert len(woken) == before + 1
+        finally:
+            cluster.close()
+
+    asyncio.run(go())
+
+
 class Silent(FakeOwner):
     """Whoever waits for its end learns of it late."""
 

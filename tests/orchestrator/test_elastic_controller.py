@@ -472,6 +472,45 @@ def test_a_deadline_ends_copying_ahead_of_the_switch_too(checkpoint: Path) -> No
     asyncio.run(go())
 
 
+def test_planning_takes_of_a_drains_deadline(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 2, memory_mode="separate") as (controller, hands, token):
+            plan = controller._replanner.plan
+
+            async def slowly(what: Any) -> Any:
+                await asyncio.sleep(0.2)
+                return await plan(what)
+
+            monkeypatch.setattr(type(controller._replanner), "plan", lambda _, what: slowly(what))
+            by_s = hands.now_s() + 30.0
+            asked = await controller.drain(token, "cpu-1", 30.0)
+            assert controller._state.deadlines["cpu-1"] == pytest.approx(by_s, abs=0.1)
+            assert (await done(controller, token, asked)).state == "done"
+
+    asyncio.run(go())
+
+
+def test_what_has_moved_and_what_will_add_up_after_a_retry(checkpoint: Path) -> None:
+    async def go() -> None:
+        async with controlled(checkpoint, 1, memory_mode="separate") as (controller, hands, token):
+            filled = hands.faults.calls.count("fill")
+            hands.faults.held.add("fill")
+            asked = await controller.scale(token, 2)
+            await until(lambda: hands.faults.calls.count("fill") > filled)
+            assert controller._deeds.coming_bytes > 0
+            hands.faults.errors["fill"] = InternalError("a cable came loose")
+            hands.faults.held.clear()
+            await until(lambda: controller._deeds.coming_bytes == 0)
+            hands.faults.errors.clear()
+            assert (await done(controller, token, asked)).state == "done"
+            assert hands.faults.calls.count("fill") > filled + 1
+            assert controller._deeds.coming_bytes == 0
+            assert controller._moved.operation == asked.id
+            assert controller._moved.done == controller._moved.total
+
+    asyncio.run(go())
+
+
 def test_a_deadline_is_also_for_what_leaves_already(checkpoint: Path) -> None:
     async def go() -> None:
         async with controlled(checkpoint, 3, memory_mode="separate") as (controller, hands, token):
@@ -818,6 +857,18 @@ def test_plans_for_measured_loads_know_every_devices_memory(checkpoint: Path, mo
             await until(lambda: len(sites) == 2)
             assert all(site.room < inf for site in sites)
             assert [o.text for o in controller._state.operations] == ["2 workers"]
+
+    asyncio.run(go())
+
+
+def test_requests_are_shared_out_by_the_devices_speeds(checkpoint: Path) -> None:
+    sizes = {"memory_bytes": 16 << 20, "bandwidth_bytes_s": 1e10}
+    fleet = (Device("slow", "slow", flops=1e10, **sizes), Device("fast", "fast", flops=4e10, **sizes))
+
+    async def go() -> None:
+        async with controlled(checkpoint, 2, fleet=fleet, memory_mode="separate") as (controller, _, _):
+            speeds = {address.device: address.speed for address in (await controller.members()).workers}
+            assert speeds == {"slow": 0.25, "fast": 1.0}
 
     asyncio.run(go())
 

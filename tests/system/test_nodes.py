@@ -65,9 +65,16 @@ def processes(node: Any) -> list[Process]:
 
 def vanish(cluster: Cluster, node: Any) -> None:
     """As if its power had failed."""
-    everything = processes(node)
+    gone(cluster, node, kill(processes(node)))
+
+
+def kill(everything: list[Process]) -> list[Process]:
     for process in everything:
         os.kill(process.pid, signal.SIGKILL)
+    return everything
+
+
+def gone(cluster: Cluster, node: Any, everything: list[Process]) -> None:
     wait_for(lambda: not any(p.runs for p in everything), lambda: "killed, and still there")
     cluster.remove_node(node, allow_graceful=False)
 
@@ -262,6 +269,35 @@ def test_a_node_that_vanishes_during_a_change_leaves_what_served(checkpoint: Pat
                 await streams.more(6)
 
     with deployed(checkpoint, "vanishing") as (config, controller):
+        asyncio.run(go(config, controller))
+
+
+def test_a_node_that_vanishes_while_it_is_drained_leaves_nothing(checkpoint: Path, cluster: Cluster) -> None:
+    """As soon as that is asked for, when the generation without it is still to come, and right behind the switch."""
+
+    async def go(config: DeploymentConfig, controller: Any) -> None:
+        async with Streams.of(config.name, config.token) as streams:
+            before = await settled(controller, 1)
+            for switched in (False, True):
+                node = await join(cluster)
+                base = await scale(controller, config, 2)
+                assert nodes_of(base) == {*nodes_of(before), node.node_id}
+                await streams.more(6)
+                everything = await asyncio.to_thread(processes, node)
+                operation = await controller.drain.remote(config.token, node.node_id, 30.0)
+                if switched:
+                    assert not await reached(controller, base.generation, "nothing")
+                kill(everything)
+                there: OperationStatus = await controller.operation.remote(config.token, operation.id)
+                assert switched or not there.committed_s
+                await asyncio.to_thread(gone, cluster, node, everything)
+                ended = await controller.operation.remote(config.token, operation.id, WAIT_S)
+                assert ended.state == "done", ended
+                assert nodes_of(await settled(controller, 1)) == nodes_of(before)
+                await same_pages(controller, before)
+                await streams.more(6)
+
+    with deployed(checkpoint, "lost-in-drain") as (config, controller):
         asyncio.run(go(config, controller))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from concertina.errors import InternalError
-from concertina.workers import adoption
+from concertina.workers import adoption, remapping
 from concertina.workers.adoption import Inheritance
 from concertina.workers.engine.engine import Engine
 from concertina.workers.generation import Assignment, kv_key
@@ -138,6 +138,78 @@ def test_who_waits_goes_on_only_once_the_rest_is_handed_over(make_site: MakeSite
         workers[1].worker.release("a")
         assert [stream.finished() for stream in (finds, late[0])] == ["moved", "moved"]
         assert right(client.again(workers[0], finds), loaded, 0)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_what_sequences_wait_for_outlives_what_nobody_had(
+    make_site: MakeSite, hire: Hire, loaded: Loaded, separate: bool
+) -> None:
+    """An heir that is full has its own and moved sequences wait, and gets as much again of cached prefixes."""
+    site = make_site("a", "b", blocks=160, separate=separate)
+    workers = [hire(emulated_step_ms=20.0) for _ in range(2)]
+    bring(workers, site.generation(["a", "b"]))
+    with clients() as client:
+        for i in range(10):
+            assert client.start(workers[1], [200 + i, *range(40)], 1).finished() == "length"
+        own = [client.start(workers[0], [i, *range(5)], 45) for i in range(8)]  # as many as may run
+        runs = [client.start(workers[1], [100 + i, *range(36)], 60) for i in range(3)]
+        for stream in (*own, *runs):
+            stream.wait_for(2)
+        bring(workers[:1], inheriting(site, ["a"], 0, "b"), workers[1], heir="a")
+        assert {stream.finished() for stream in runs} == {"moved"}
+        again = [client.again(workers[0], stream) for stream in runs]
+        until(workers[0], lambda report: report.load.waiting == len(again))
+        load = workers[0].worker.report().load
+        workers[0].worker.adopt_kv(site.source("b"), 160)
+        assert workers[0].worker.report().load.kv_blocks == 160
+        assert load.running == 8
+        workers[1].worker.release("a")
+        assert {stream.finished() for stream in own} == {"length"}
+        assert all(right(new, loaded, len(old.tokens)) for new, old in zip(again, runs, strict=True))
+        assert [new.cached_tokens for new in again] == [len(new.prompt) - 1 for new in again]
+
+
+@pytest.mark.parametrize("what", ["adopt", "grow", "shrink"])
+def test_nobody_stands_still_while_much_is_mapped_or_unmapped(
+    make_site: MakeSite, hire: Hire, loaded: Loaded, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Nothing is mapped at a boundary, and not more than a few blocks are unmapped."""
+    for name in ("_FIRST", "_FEWEST", "_MOST"):
+        monkeypatch.setattr(remapping, name, 6)
+    site, workers = make_site("a", "b", blocks=ROOM), [hire(), hire()]
+    bring(workers, site.generation(["a", "b"]))
+    with clients() as client:
+        stream = client.start(workers[0], PROMPTS[0], 140)
+        for i in range(4):
+            assert client.start(workers[1], [i, *range(40)], 1).finished() == "length"
+        bring(workers[:1], site.generation(["a"], "solo"), workers[1])
+        service, kv = workers[0].worker._serving()
+        changes: list[int] = []  # of blocks that are mapped, at boundaries
+        real = service.engine.call
+
+        def call(fn: Callable[[], Any]) -> Any:
+            def noted() -> Any:
+                before = kv.mapped
+                result = fn()
+                changes.append(kv.mapped - before)
+                return result
+
+            return real(noted)
+
+        monkeypatch.setattr(service.engine, "call", call)
+        before = kv.mapped
+        if what == "adopt":
+            workers[0].worker.adopt_kv(site.source("b"), 2 * ROOM)
+            assert kv.mapped >= before + 40
+        elif what == "grow":
+            workers[0].worker.resize_kv(before + 60, site.kv("b")[: 60 * site.block_pages])
+            assert kv.mapped == before + 60
+        else:
+            workers[0].worker.resize_kv(60, ())
+            assert kv.mapped == 60
+        assert changes
+        assert set(changes) <= set(range(-6, 1))
+        assert right(stream, loaded, 0)
 
 
 def test_a_sequence_that_has_no_heir_waits_as_before(make_site: MakeSite, hire: Hire) -> None:

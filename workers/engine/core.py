@@ -158,12 +158,12 @@ class EngineCore:
         self.scheduler.preempt_until(blocks.capacity - target)
         return self._part_with(target)
 
-    def adopt(self, records: Collection[tuple[int, BlockRecord | None]], target: int) -> list[int]:
-        """Take in blocks with what they hold, then part with blocks until ``target`` are left; those parted with.
+    def take_in(self, records: Collection[tuple[int, BlockRecord | None]]) -> None:
+        """Take in blocks and what their ledger says: they are the last to go."""
+        self.scheduler.blocks.adopt(records, noted=True)
 
-        The blocks adopted are the last to go, and nobody is pre-empted: more than ``target`` may be left.
-        """
-        self.scheduler.blocks.adopt(records)
+    def give_up(self, target: int) -> list[int]:
+        """Part with blocks that nobody uses until ``target`` are left, or all are in use; those parted with."""
         parted = self._part_with(target)
         self._end_misfits(self.scheduler.blocks.capacity)
         return parted
@@ -181,6 +181,30 @@ class EngineCore:
     def give_back(self, records: Collection[tuple[int, BlockRecord | None]]) -> None:
         """Take blocks of `reserve` in again, with what they hold now: they are the last to go."""
         self.scheduler.blocks.adopt(records)
+
+    def keep_awaited(self) -> None:
+        """Until `keep_no_more`, what sequences that wait now would find is evicted last, and not reserved."""
+        blocks = self.scheduler.blocks
+        blocks.keep(block for seq in self.scheduler.waiting for block in blocks.found(seq.tokens))
+
+    def keep_no_more(self) -> None:
+        """What waiting sequences would find counts as used just now, that of the next one most recently."""
+        blocks = self.scheduler.blocks
+        blocks.keep(())
+        for seq in reversed(self.scheduler.waiting):
+            blocks.touch(reversed(blocks.found(seq.tokens)))
+
+    def worth_adopting(self, used: int, unused: int, target: int) -> int:
+        """How many of another device's blocks to take into a cache of ``target``, those that sequences use first.
+
+        Of the others all if there is room, else so many that of them and of what is cached here the same part stays.
+        """
+        blocks = self.scheduler.blocks
+        room = max(0, target - blocks.used_blocks)
+        taken = min(used, room)
+        room -= taken
+        both = unused + blocks.cached_blocks
+        return taken + (unused if both <= room else room * unused // both)
 
     def retire(self) -> None:
         """Write nothing to the ledger from here on, since the KV passes to others; sequences stay."""

@@ -6,8 +6,8 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
@@ -163,8 +163,8 @@ class Engine:
     def call(self, fn: Callable[[], T]) -> T:
         """Run ``fn`` in the loop's thread at its next step boundary, or at once where no loop runs; its result.
 
-        No forward pass runs meanwhile, so ``fn`` may change what is mapped. Within it, `resize` and `adopt` act at
-        once.
+        No forward pass runs meanwhile, so ``fn`` may change what is mapped. Within it, `resize` and `give_up` act
+        at once.
         """
         return self._turns.call(fn, self._wake)
 
@@ -172,9 +172,14 @@ class Engine:
         """`EngineCore.resize` at the next boundary: other blocks and another number of them; those parted with."""
         return self._call_core(lambda: self._core.resize(fresh, target))
 
-    def adopt(self, records: Collection[tuple[int, BlockRecord | None]], target: int) -> list[int]:
-        """`EngineCore.adopt` at the next boundary: blocks that hold something; those parted with for them."""
-        return self._call_core(lambda: self._core.adopt(records, target))
+    def take_in(self, records: Collection[tuple[int, BlockRecord | None]]) -> None:
+        """`EngineCore.take_in`, at once: blocks that are mapped now, and what their ledger says of them."""
+        with self._lock:
+            self._core.take_in(records)
+
+    def give_up(self, target: int) -> list[int]:
+        """`EngineCore.give_up` at the next boundary; those parted with."""
+        return self._call_core(lambda: self._core.give_up(target))
 
     def reserve(self, count: int) -> list[int]:
         """`EngineCore.reserve`: up to ``count`` blocks to fill and `give_back`.
@@ -190,6 +195,22 @@ class Engine:
         """`EngineCore.give_back`, at once: blocks that were reserved, with what they hold now."""
         with self._lock:
             self._core.give_back(records)
+
+    def worth_adopting(self, used: int, unused: int, target: int) -> int:
+        """`EngineCore.worth_adopting`, at once."""
+        with self._lock:
+            return self._core.worth_adopting(used, unused, target)
+
+    @contextmanager
+    def keeping_awaited(self) -> Iterator[None]:
+        """Meanwhile what waiting sequences would find is evicted last, and afterwards counts as used just now."""
+        with self._lock:
+            self._core.keep_awaited()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._core.keep_no_more()
 
     def touch(self, blocks: Iterable[int]) -> None:
         """Have blocks that are cached count as used just now, the last one most recently."""

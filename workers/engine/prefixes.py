@@ -23,6 +23,11 @@ class Match:
     tail: int = -1
     tail_tokens: int = 0
 
+    @property
+    def blocks(self) -> list[int]:
+        """All of them, in order."""
+        return [*self.full, self.tail] if self.tail_tokens else [*self.full]
+
 
 class PrefixIndex:
     """Findable blocks, full and half-filled, by the prefix before them and their own tokens.

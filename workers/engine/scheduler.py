@@ -90,6 +90,11 @@ class Scheduler:
         return EngineLoad(len(self._waiting), len(self._running), self.blocks.used_blocks, self.blocks.capacity)
 
     @property
+    def waiting(self) -> tuple[Sequence, ...]:
+        """Those that wait, in the order in which they will be admitted."""
+        return tuple(self._waiting)
+
+    @property
     def sequences(self) -> tuple[Sequence, ...]:
         """All sequences that have not ended, in the order in which they are served."""
         return (*self._running, *self._waiting)
