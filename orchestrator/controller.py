@@ -49,19 +49,19 @@ _EXPERTS = "experts"  # what a rebalancing is about
 
 @dataclass(slots=True)
 class Moved:
-    """Bytes loaded or copied for the operation under way, with those that are coming, and in all before it began."""
+    """Bytes loaded or copied for the operation under way, and in all before it began."""
 
     operation: str = ""
     done: int = 0
     total: int = 0
     done_before: int = 0
+    total_before: int = 0
 
-    def note(self, operation: str, done: int, coming: int) -> None:
-        """Take in the deployment's counters; a new operation begins at zero."""
+    def note(self, operation: str, done: int, total: int, coming: int) -> None:
+        """Take in the deployment's counters; a new operation begins at zero, and with what is ``coming`` already."""
         if operation != self.operation:
-            self.operation, self.done_before = operation, done
-        self.done = done - self.done_before
-        self.total = self.done + coming
+            self.operation, self.done_before, self.total_before = operation, done, total - coming
+        self.done, self.total = done - self.done_before, total - self.total_before
 
 
 class Controller:
@@ -161,8 +161,7 @@ class Controller:
     async def progress(self) -> Progress:
         """How far starting up is."""
         await self._cluster.ask()
-        done = self._cluster.moved_bytes
-        return Progress(self._reason, done, done + (self._deeds.coming_bytes if self._deeds else 0))
+        return Progress(self._reason, self._cluster.moved_bytes, self._deeds.wanted_bytes if self._deeds else 0)
 
     async def stop(self) -> None:
         """End the loop, all workers and all owners, and forget the state."""
@@ -382,8 +381,9 @@ class Controller:
         under_way = self._under_way
         # Nothing slow between this and the decision.
         snapshot = await self._cluster.look(under_way.busy, under_way.take_errors())
-        if self._state.operation is not None and self._deeds is not None:
-            self._moved.note(self._state.operation.id, self._cluster.moved_bytes, self._deeds.coming_bytes)
+        deeds, operation = self._deeds, self._state.operation
+        if operation is not None and deeds is not None:
+            self._moved.note(operation.id, self._cluster.moved_bytes, deeds.wanted_bytes, deeds.coming_bytes)
         facts: dict[str, WorkerFact | PoolFact] = {**snapshot.workers, **snapshot.pools}
         for name, fact in facts.items():
             if fact.failed:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ..errors import ConcertinaError, InternalError, OperatorError, Unreachable
@@ -37,6 +39,7 @@ from .planning import MAILBOX_BYTES, max_model_len
 from .registry import Registry
 from .starting import started
 
+_LAST_WORD_S = 0.25
 _WEIGHTS = ("experts", "trunk")
 
 
@@ -61,11 +64,14 @@ class Deeds:
     model : ModelFiles
     registry : Registry
     kv : KVDeeds
+    wanted_bytes : int
+        Bytes of weights that were asked for so far, but for those that did not come.
     """
 
     model: ModelFiles
     registry: Registry
     kv: KVDeeds
+    wanted_bytes: int = 0
     _filling: list[_Filling] = field(default_factory=list)
 
     @property
@@ -208,11 +214,18 @@ class Deeds:
         wanted_bytes += sum(p.source.nbytes for p in pieces if p.key not in copied)
         filling = _Filling(pool, pool.moved_bytes + wanted_bytes)
         self._filling.append(filling)
+        self.wanted_bytes += wanted_bytes
         asked_s = self._cluster.hands.now_s()
         try:
             told = await pool.handle.fill(effect.requests, pieces, copies, pool.version)
+        except ConcertinaError:
+            with suppress(ConcertinaError, TimeoutError):  # one that is lost has said its last
+                async with asyncio.timeout(_LAST_WORD_S):
+                    await pool.refresh()
+            self.wanted_bytes -= filling.left_bytes  # it will be asked for anew
+            raise
         finally:
-            self._filling.remove(filling)  # also if it failed: what is missing then is asked for anew
+            self._filling.remove(filling)
         pool.hear(told, asked_s, self._cluster.hands.now_s())
 
     def _copies(self, pool: str, keys: Sequence[str]) -> list[CopyPlan]:

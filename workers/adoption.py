@@ -31,6 +31,7 @@ _AHEAD_BATCH_BLOCKS = 64  # more: behind every batch the ledger is read again, a
 _REST_BLOCKS = 64  # so many may be left to copy at the boundary itself, while nobody makes a step
 _REST_BYTES = 16 << 20  # of them on their way at a time, so that a slow link is noticed
 _READ_S = 2.0  # for a request ahead, or for all at the boundary; who is slower is left without
+_KEPT_S = 0.5  # until it is looked anew what waiting sequences would find
 _ADOPT_READ_S = 5.0  # for a request afterwards: a deadline, or a recovery, may be waiting
 
 _COMING_S = 0.002  # what sequences need to come to a worker at least
@@ -77,13 +78,16 @@ def adopt(
     InternalError, OperatorError
         The source cannot be read; what had been copied until then stays.
     """
-    with engine.keeping_awaited():
+    try:
         if kv.shares_pool(source.pool.address):
             _map_rest(engine, kv, source, blocks)
         else:
             with _open(kv, source, _ADOPT_READ_S) as reader:
-                _copy(engine, kv, source, reader, go_on, hurried)
+                _copy(engine, kv, source, reader, blocks, go_on, hurried)
+        engine.keep_awaited()
         part_with(engine, kv, blocks, engine.give_up)
+    finally:
+        engine.keep_no_more()
 
 
 def await_sequences(engine: Engine, due: int, rows: Sequence[Row], part: float) -> None:
@@ -276,6 +280,7 @@ def _blocks(kv: DeviceKV, groups: Iterable[tuple[int, ...]]) -> list[tuple[tuple
 
 
 def _map_rest(engine: Engine, kv: DeviceKV, source: KVSource, blocks: int) -> None:
+    engine.keep_awaited()
     rest, known = Throttle(engine.step_s), list[_Known]()
     for group in kv.unmapped(source.pages):  # its worker writes it no more, and nobody else does yet
         known += [_Known(*block, 0) for block in _blocks(kv, [group])]
@@ -303,17 +308,21 @@ def _copy(
     kv: DeviceKV,
     source: KVSource,
     reader: PageReader,
+    most: int,
     go_on: Callable[[], bool],
     hurried: Callable[[], bool],
 ) -> None:
     missing = _missing(kv, _read_records(kv, source, reader))
-    missing = _worth_taking(engine, missing, engine.load.kv_blocks)
+    missing = _worth_taking(engine, missing, min(most, engine.load.kv_blocks))
     best: list[int] = []  # blocks that were filled in a hurry, the least useful first
-    rest = Throttle(engine.step_s)
+    rest, kept_s = Throttle(engine.step_s), -inf
     while missing and go_on():
         rest()
-        hurry, load = hurried(), engine.load
-        if hurry and load.kv_blocks - load.kv_blocks_used <= len(best):
+        if time.monotonic() - kept_s > _KEPT_S:
+            engine.keep_awaited()
+            kept_s = time.monotonic()
+        hurry = hurried()
+        if hurry and engine.reservable <= len(best):
             break  # what is worth less would come in their place
         blocks = engine.reserve(min(len(missing), _BATCH_BLOCKS))
         if not blocks:

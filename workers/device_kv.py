@@ -83,7 +83,10 @@ class DeviceKV:
 
     def page_of(self, block: int) -> int:
         """The page whose record in the ledger is the block's: its first one."""
-        return self._pages[block][0]
+        try:
+            return self._pages[block][0]
+        except KeyError:  # all was let go
+            raise InternalError(f"KV of {self.device}: block {block} is not mapped") from None
 
     def blocks_at(self, pages: Iterable[int]) -> list[int]:
         """Blocks by the pages that `page_of` gives, without those that are not mapped any more."""

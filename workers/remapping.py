@@ -15,7 +15,7 @@ _BATCH = 32  # blocks that are mapped between two rests
 _PART = 0.25  # of a step may be taken at a boundary to unmap some
 _SHORTEST_S, _LONGEST_S = 1e-3, 0.1  # a model that has just been idle seems slow
 _FEWEST, _MOST = 16, 4096  # blocks at a boundary
-_FIRST = 64
+_BLOCK_S = 15e-6  # to unmap one, at first
 
 Block = tuple[tuple[int, ...], BlockRecord | None]
 """A block by its pages, and what the ledger says of it."""
@@ -56,14 +56,17 @@ def part_with(engine: Engine, kv: DeviceKV, blocks: int, part: Callable[[int], S
     part : callable
         Has the engine part with blocks until so many are left, and says which. Called at least once.
     """
-    size = _FIRST
+    size = min(max(_FEWEST, int(_at_once_s(engine) / _BLOCK_S)), _MOST)
     while True:
         before = kv.mapped
         took_s = engine.call(partial(_unmap, kv, part, max(blocks, before - size)))
         if kv.mapped <= blocks or kv.mapped == before:
             return
-        may_s = min(max(_SHORTEST_S, engine.step_s * _PART), _LONGEST_S)
-        size = min(max(_FEWEST, int(size * may_s / took_s)), _MOST, 4 * size)
+        size = min(max(_FEWEST, int(size * _at_once_s(engine) / took_s)), _MOST, 4 * size)
+
+
+def _at_once_s(engine: Engine) -> float:
+    return min(max(_SHORTEST_S, engine.step_s * _PART), _LONGEST_S)
 
 
 def _unmap(kv: DeviceKV, part: Callable[[int], Sequence[int]], target: int) -> float:

@@ -182,7 +182,8 @@ class Worker:
         """
         service, kv = self._serving()
         service.check()
-        resize(service.engine, kv, blocks, fresh)
+        with self._adopting:  # its controller may have been followed by one that knows nothing of that
+            resize(service.engine, kv, blocks, fresh)
         return kv.pages
 
     def adopt_kv(self, source: KVSource, blocks: int, limit_s: float | None = None) -> tuple[int, ...]:

@@ -51,7 +51,6 @@ class Blocks(RuleBasedStateMachine):
         self.blocks = BlockManager(blocks, SIZE, self.caching, Notes(self.stores.ledger(), page_of))
         self.here = set(blocks)
         self.reserved: set[int] = set()
-        self.kept: set[int] = set()
         self.tokens: dict[str, list[int]] = {}
         self.written: dict[str, int] = {}
 
@@ -153,17 +152,20 @@ class Blocks(RuleBasedStateMachine):
         self.here |= blocks
         self.reserved.clear()
 
-    @rule(blocks=numbers)
-    def keep(self, blocks: set[int]) -> None:
-        self.kept = set(blocks)
+    @rule(blocks=st.lists(st.integers(0, MOST - 1), unique=True))
+    def keep(self, blocks: list[int]) -> None:
+        before, cached = list(self.blocks._kept), {*self.blocks._idle, *self.blocks._kept}
         self.blocks.keep(blocks)
+        assert list(self.blocks._kept) == [block for block in blocks if block in cached]
+        again = [block for block in reversed(before) if block not in blocks]
+        assert list(self.blocks._idle)[len(self.blocks._idle) - len(again) :] == again
 
     @rule(count=st.integers(0, 3))
     def reserve(self, count: int) -> None:
-        kept = self.kept & set(self.blocks._idle)
-        available = self.blocks.available - len(kept)
+        kept, reservable = set(self.blocks._kept), self.blocks.reservable
+        assert len(kept) + reservable == self.blocks.available
         got = self.blocks.reserve(count)
-        assert len(got) == min(count, available)
+        assert len(got) == min(count, reservable)
         assert not kept & set(got)
         self.reserved |= set(got)
         self.memory.update({(block, 0): (-3,) for block in got})
@@ -173,7 +175,7 @@ class Blocks(RuleBasedStateMachine):
     def give_up(self, data: st.DataObject) -> None:
         count = data.draw(st.integers(0, self.blocks.capacity))
         used, available, before = self.blocks.used_blocks, self.blocks.available, self.blocks.tables()
-        kept = self.kept & set(self.blocks._idle)
+        kept = list(self.blocks._kept)
         given = self.blocks.give_up(count)
         assert before == self.blocks.tables()
         if isinstance(given, ShrinkRefused):
@@ -182,7 +184,8 @@ class Blocks(RuleBasedStateMachine):
             return
         assert len(set(given)) == len(given) == count
         assert set(given) <= self.here - self.reserved
-        assert len(kept & set(given)) == max(0, count - (available - len(kept)))
+        spare = available - len(kept)
+        assert [block for block in given if block in kept] == kept[::-1][: max(0, count - spare)]
         self.here -= set(given)
         self.memory.update({(block, place): (-4,) for block in given for place in range(SIZE)})
         self.ledger_is_true()

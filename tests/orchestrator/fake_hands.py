@@ -47,6 +47,7 @@ class FakeOwner:
     unreachable: bool = False
     extents: dict[str, tuple[int, ...]] = field(default_factory=dict)
     loaded: int = 0
+    copied: int = 0
     version: int = 0
     next_page: int = 1
 
@@ -57,7 +58,9 @@ class FakeOwner:
         for r in requests:
             if r.key not in self.extents:
                 self._take(r.key, r.pages)
-        self.loaded += sum(p.source.nbytes for p in pieces)
+        copied = {plan.key for plan in copies}
+        self.copied += sum(len(plan.pages) for plan in copies) * self.config_.page_bytes
+        self.loaded += sum(p.source.nbytes for p in pieces if p.key not in copied)
         return await self.report(seen)
 
     def _take(self, key: str, pages: int) -> None:
@@ -113,7 +116,7 @@ class FakeOwner:
             await asyncio.sleep(0.01)
         self._alive()
         self.version += 1
-        return OwnerReport(self.version, dict(self.extents), self.loaded, 0)
+        return OwnerReport(self.version, dict(self.extents), self.loaded, self.copied)
 
     async def usage(self) -> Mapping[str, int]:
         used = sum(map(len, self.extents.values()))

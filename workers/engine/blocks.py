@@ -68,7 +68,7 @@ class BlockManager:
         self._refs: dict[int, int] = {}
         self._free: list[int] = []
         self._idle: dict[int, None] = {}  # cached blocks, least recently used first
-        self._kept: frozenset[int] = frozenset()  # of these, if cached, the last to go
+        self._kept: dict[int, None] = {}  # other cached blocks, which go after those, the last of them first
         self._reserved: set[int] = set()
         self._unused: frozenset[int] = frozenset()
         self._tables: dict[str, _Table] = {}
@@ -86,7 +86,7 @@ class BlockManager:
 
     @property
     def cached_blocks(self) -> int:
-        return len(self._idle)
+        return len(self._idle) + len(self._kept)
 
     @property
     def used_blocks(self) -> int:
@@ -99,6 +99,11 @@ class BlockManager:
     @property
     def available(self) -> int:
         """Blocks that can be had at once: free ones and evictable ones."""
+        return self.reservable + len(self._kept)
+
+    @property
+    def reservable(self) -> int:
+        """Those of them that are not kept."""
         return len(self._free) + len(self._idle)
 
     def blocks_for(self, tokens: int) -> int:
@@ -126,14 +131,15 @@ class BlockManager:
         """
         if key in self._tables:
             raise InternalError(f"sequence {key!r} already has KV blocks")
-        match = self._index.match(tokens, self._idle.__contains__)
+        match = self._index.match(tokens, self._is_cached)
         hits = match.blocks
         missing = self.blocks_for(len(tokens)) - len(hits)
-        if missing + headroom > self.available - sum(block in self._idle for block in hits):
+        if missing + headroom > self.available - sum(map(self._is_cached, hits)):
             return None
         for depth, block in enumerate(hits):
             self._refs[block] += 1
             self._idle.pop(block, None)
+            self._kept.pop(block, None)
             self._notes.mark(block, True, depth)
         table = _Table(hits, len(match.full), len(match.full), match.prefix)
         if match.tail_tokens:  # about to be written, hence no longer for others
@@ -225,14 +231,19 @@ class BlockManager:
 
     def reserve(self, count: int) -> list[int]:
         """Up to ``count`` free or cached blocks for the caller to fill, none of those kept; used until `adopt`."""
-        kept = sum(block in self._idle for block in self._kept)
-        blocks = [self._take() for _ in range(min(count, self.available - kept))]
+        blocks = [self._take() for _ in range(min(count, self.reservable))]
         self._reserved.update(blocks)
         return blocks
 
     def keep(self, blocks: Iterable[int]) -> None:
-        """Evict these after all others, as long as they are cached; until it is said of others, or none."""
-        self._kept = frozenset(blocks)
+        """Evict those of these that are cached after all others, the last one first.
+
+        Until one is used, or this is called with others: then those kept before count as used just now.
+        """
+        self._idle.update(dict.fromkeys(reversed(self._kept)))
+        self._kept = {block: None for block in blocks if block in self._idle}
+        for block in self._kept:
+            del self._idle[block]
 
     def touch(self, blocks: Iterable[int]) -> None:
         """Those that are cached count as used just now, the last one most recently."""
@@ -243,7 +254,7 @@ class BlockManager:
 
     def found(self, tokens: Sequence[int]) -> list[int]:
         """Blocks that a sequence would find now, its beginning first."""
-        return self._index.match(tokens, self._idle.__contains__).blocks
+        return self._index.match(tokens, self._is_cached).blocks
 
     def give_up(self, count: int) -> list[int] | ShrinkRefused:
         """Part with blocks: free ones, then cached ones. Refused, and nothing changed, if too many are in use."""
@@ -257,7 +268,7 @@ class BlockManager:
     def detach(self) -> None:
         """Write nothing to the ledger from here on: who takes what sequences use now goes by that."""
         self._notes.detach()
-        self._unused = frozenset(self._idle)
+        self._unused = frozenset([*self._idle, *self._kept])
 
     def finds_unused(self, tokens: Sequence[int]) -> bool:
         """Whether a sequence would find something here that no sequence used when `detach` was called."""
@@ -272,20 +283,18 @@ class BlockManager:
         if self._free:
             block = self._free.pop()
         else:
-            block = self._oldest()
-            del self._idle[block]
+            if self._idle:
+                block = next(iter(self._idle))
+                del self._idle[block]
+            else:
+                block, _ = self._kept.popitem()
             self._index.remove(block)
             self._notes.clear(block)
         self._refs[block] = 1
         return block
 
-    def _oldest(self) -> int:
-        for _ in range(len(self._kept)):
-            block = next(iter(self._idle))
-            if block not in self._kept:
-                return block
-            self._idle[block] = self._idle.pop(block)  # behind the others
-        return next(iter(self._idle))
+    def _is_cached(self, block: int) -> bool:
+        return block in self._idle or block in self._kept
 
     def _fill(self, table: _Table, tokens: Sequence[int]) -> None:
         block = table.blocks[table.full]

@@ -168,31 +168,24 @@ class EngineCore:
         self._end_misfits(self.scheduler.blocks.capacity)
         return parted
 
+    @property
+    def reservable(self) -> int:
+        """How many blocks `reserve` would give at most."""
+        blocks = self.scheduler.blocks
+        longest = max((seq.kv_tokens_at_most for seq in self.scheduler.sequences), default=0)
+        spare = blocks.capacity - blocks.reserved_blocks - blocks.blocks_for(longest)
+        return max(0, min(blocks.reservable, spare))
+
     def reserve(self, count: int) -> list[int]:
         """Up to ``count`` blocks that nobody uses, to be filled and given back; they are no one's till then.
 
         So many are left that every sequence here still fits. Not while `freed_in_step`.
         """
-        blocks = self.scheduler.blocks
-        longest = max((seq.kv_tokens_at_most for seq in self.scheduler.sequences), default=0)
-        spare = blocks.capacity - blocks.reserved_blocks - blocks.blocks_for(longest)
-        return blocks.reserve(max(0, min(count, spare)))
+        return self.scheduler.blocks.reserve(min(count, self.reservable))
 
     def give_back(self, records: Collection[tuple[int, BlockRecord | None]]) -> None:
         """Take blocks of `reserve` in again, with what they hold now: they are the last to go."""
         self.scheduler.blocks.adopt(records)
-
-    def keep_awaited(self) -> None:
-        """Until `keep_no_more`, what sequences that wait now would find is evicted last, and not reserved."""
-        blocks = self.scheduler.blocks
-        blocks.keep(block for seq in self.scheduler.waiting for block in blocks.found(seq.tokens))
-
-    def keep_no_more(self) -> None:
-        """What waiting sequences would find counts as used just now, that of the next one most recently."""
-        blocks = self.scheduler.blocks
-        blocks.keep(())
-        for seq in reversed(self.scheduler.waiting):
-            blocks.touch(reversed(blocks.found(seq.tokens)))
 
     def worth_adopting(self, used: int, unused: int, target: int) -> int:
         """How many of another device's blocks to take into a cache of ``target``, those that sequences use first.

@@ -6,8 +6,8 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
@@ -201,16 +201,27 @@ class Engine:
         with self._lock:
             return self._core.worth_adopting(used, unused, target)
 
-    @contextmanager
-    def keeping_awaited(self) -> Iterator[None]:
-        """Meanwhile what waiting sequences would find is evicted last, and afterwards counts as used just now."""
+    @property
+    def reservable(self) -> int:
+        """How many blocks `reserve` would give now, at most."""
         with self._lock:
-            self._core.keep_awaited()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._core.keep_no_more()
+            return self._core.reservable
+
+    def keep_awaited(self) -> None:
+        """Until `keep_no_more`, what sequences that wait now would find is evicted last, and not reserved."""
+        with self._lock:
+            waiting = self._core.scheduler.waiting
+        blocks, found = self._core.scheduler.blocks, dict[int, None]()
+        for seq in waiting:
+            with self._lock:  # for a moment: steps go on
+                found.update(dict.fromkeys(blocks.found(seq.tokens)))
+        with self._lock:
+            blocks.keep(found)
+
+    def keep_no_more(self) -> None:
+        """What was kept counts as used just now."""
+        with self._lock:
+            self._core.scheduler.blocks.keep(())
 
     def touch(self, blocks: Iterable[int]) -> None:
         """Have blocks that are cached count as used just now, the last one most recently."""

@@ -15,7 +15,7 @@ class KV(Protocol):
     """Paged KV of one device. A block's number is its position, any integer from 0; not all positions need be mapped.
 
     The engine reads ``block_ids`` once, when it is made, and with them what the ledger says of these blocks. Later
-    blocks come and go by `Engine.resize` and `Engine.adopt`.
+    blocks come and go by `Engine.take_in`, `Engine.resize` and `Engine.give_up`.
     """
 
     @property
