@@ -37,7 +37,7 @@ def take_in_beside(engine: Engine, kv: DeviceKV, blocks: Sequence[Block]) -> Non
 
 
 def resize(engine: Engine, kv: DeviceKV, blocks: int, fresh: Sequence[int]) -> None:
-    """Map pages as empty blocks, then part with blocks, used ones at last, until ``blocks`` are mapped."""
+    """Map pages as empty blocks, then part with blocks, used ones last, until ``blocks`` are mapped."""
     take_in_beside(engine, kv, [(pages, None) for pages in kv.unmapped(fresh)])
     part_with(engine, kv, blocks, lambda target: engine.resize((), target))
 

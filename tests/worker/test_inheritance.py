@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -211,6 +212,19 @@ def test_nobody_stands_still_while_much_is_mapped_or_unmapped(
         assert changes
         assert set(changes) <= set(range(-6, 1))
         assert right(stream, loaded, 0)
+
+
+def test_a_resize_waits_for_an_adoption(make_site: MakeSite, hire: Hire) -> None:
+    """A controller that was killed may have left one; what it maps next must not be given back meanwhile."""
+    site, worker = make_site("a", blocks=40), hire().worker
+    bring([LocalWorker(worker)], site.generation(["a"], "solo"))
+    resizing = threading.Thread(target=worker.resize_kv, args=(20, ()))
+    with worker._adopting:
+        resizing.start()
+        resizing.join(0.2)
+        assert worker.report().kv_blocks == 40
+    resizing.join(20)
+    assert worker.report().kv_blocks == 20
 
 
 def test_a_sequence_that_has_no_heir_waits_as_before(make_site: MakeSite, hire: Hire) -> None:
