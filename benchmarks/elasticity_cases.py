@@ -114,8 +114,9 @@ async def change(session: Session, workers: int) -> Row:
         **_sides_of_commit(load, answer, before, after),
         **_memory(session, answer, before, after),
         **moved_bytes(pools, settled),
-        "planned_bytes": preview.moved_bytes,
-        "wanted_bytes": answer.wanted_bytes,
+        "dry_run_bytes": preview.moved_bytes,
+        "dry_run_s": preview.seconds,
+        "planned_bytes": answer.planned_bytes,
     }
 
 

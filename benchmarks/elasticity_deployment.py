@@ -45,7 +45,7 @@ class Answer:
     begun_s: float
     committed_s: float
     ended_s: float
-    wanted_bytes: int
+    planned_bytes: int
 
 
 def emulates(mode: Mode) -> bool:
@@ -129,7 +129,7 @@ class Running:
             begun_s=began_s + operation.started_s,
             committed_s=began_s + operation.committed_s,
             ended_s=began_s + operation.ended_s,
-            wanted_bytes=operation.bytes_total,
+            planned_bytes=operation.bytes_total,
         )
 
     async def operation(self, op_id: str, wait_s: float = 0.0) -> OperationStatus:
@@ -173,8 +173,13 @@ class Running:
 
 
 def moved_bytes(before: DeploymentStatus, after: DeploymentStatus) -> Mapping[str, int]:
-    """Bytes copied between pools and loaded from the checkpoint, in between; a pool that is new began at 0."""
-    moved = {"copied_bytes": 0, "loaded_bytes": 0}
+    """Bytes of experts copied between pools and loaded from the checkpoint, and of KV copied, in between.
+
+    A pool that is new began at 0, and so did a worker.
+    """
+    had = {worker.pid: worker.kv_copied_bytes for worker in before.workers}
+    kv = sum(worker.kv_copied_bytes - had.get(worker.pid, 0) for worker in after.workers)
+    moved = {"copied_bytes": 0, "loaded_bytes": 0, "kv_copied_bytes": kv}
     known = {pool.name: pool for pool in before.pools}
     for pool in after.pools:
         was = known.get(pool.name)

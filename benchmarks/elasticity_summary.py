@@ -10,6 +10,7 @@ from typing import Any
 Row = Mapping[str, Any]
 _MIB = 1 << 20
 _CHANGE = {
+    "dry_run_s": "dry_run_s",
     "plan_s": "plan_s",
     "commit_s": "commit_s",
     "end_s": "end_s",
@@ -80,12 +81,14 @@ def _medians(prefix: str, label: str, names: Mapping[str, str], rows: Sequence[R
 def _bytes(label: str, rows: Sequence[Row]) -> dict[str, float]:
     out = {
         f"{name}_mib_{label}": round(median(row[f"{name}_bytes"] for row in rows) / _MIB, 3)
-        for name in ("copied", "loaded", "planned")
+        for name in ("copied", "loaded", "dry_run", "planned", "kv_copied")
     }
     moving = [row for row in rows if row["planned_bytes"]]
     if moving:
-        copied = median(row["copied_bytes"] / row["planned_bytes"] for row in moving)
-        out[f"copied_over_planned_ratio_{label}"] = round(copied, 4)
+        for name in ("copied", "dry_run"):
+            ratios = [row[f"{name}_bytes"] / row["planned_bytes"] for row in moving]
+            out[f"{name}_over_planned_ratio_{label}"] = round(median(ratios), 4)
+            out[f"{name}_over_planned_at_most_ratio_{label}"] = round(max(ratios), 4)
         for part in ("", "pool_"):
             more = [(row[f"{part}peak_bytes"] - row[f"{part}steady_bytes"]) / row["planned_bytes"] for row in moving]
             out[f"{part}peak_less_steady_over_planned_ratio_{label}"] = round(median(more), 4)

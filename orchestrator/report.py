@@ -38,6 +38,7 @@ def _status(record: Record, rank: int, reports: Sequence[WorkerReport]) -> Worke
         routed_tokens=round(_routed(record, rank, reports)),
         steps=stats.steps,
         kind=seat.kind.name,
+        kv_copied_bytes=report.kv_copied_bytes,
     )
 
 

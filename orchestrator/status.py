@@ -29,7 +29,8 @@ class PoolStatus:
 class WorkerStatus:
     """A worker's part in the generation and its counters since start.
 
-    ``experts_per_layer`` counts physical experts; ``routed_tokens`` is how many (token, expert) pairs it served.
+    ``experts_per_layer`` counts physical experts; ``routed_tokens`` is how many (token, expert) pairs it served;
+    ``kv_copied_bytes`` is KV that it has copied from other pools, as their devices left.
     """
 
     rank: int
@@ -44,6 +45,7 @@ class WorkerStatus:
     routed_tokens: int = 0
     steps: int = 0
     kind: str = "cpu"
+    kv_copied_bytes: int = 0
 
 
 OperationState = Literal["running", "done", "failed", "canceled", "superseded"]

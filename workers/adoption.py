@@ -80,7 +80,7 @@ def adopt(
     """
     try:
         if kv.shares_pool(source.pool.address):
-            _map_rest(engine, kv, source, blocks)
+            _map_rest(engine, kv, source, blocks, go_on)
         else:
             with _open(kv, source, _ADOPT_READ_S) as reader:
                 _copy(engine, kv, source, reader, blocks, go_on, hurried)
@@ -279,13 +279,18 @@ def _blocks(kv: DeviceKV, groups: Iterable[tuple[int, ...]]) -> list[tuple[tuple
     return [(group, record) for group, record in read if record is not None]
 
 
-def _map_rest(engine: Engine, kv: DeviceKV, source: KVSource, blocks: int) -> None:
-    engine.keep_awaited()
-    rest, known = Throttle(engine.step_s), list[_Known]()
+def _map_rest(engine: Engine, kv: DeviceKV, source: KVSource, blocks: int, serves: Callable[[], bool]) -> None:
+    throttle, known = Throttle(engine.step_s), list[_Known]()
+
+    def rest() -> None:
+        if serves():  # else others may be waiting for this
+            throttle()
+
     for group in kv.unmapped(source.pages):  # its worker writes it no more, and nobody else does yet
         known += [_Known(*block, 0) for block in _blocks(kv, [group])]
         rest()
-    take_in_beside(engine, kv, [(each.pages, each.record) for each in _worth_taking(engine, known, blocks)])
+    taken = [(each.pages, each.record) for each in _worth_taking(engine, known, blocks)]
+    take_in_beside(engine, kv, taken, rest)
 
 
 def _worth_taking(engine: Engine, known: Sequence[_Known], blocks: int) -> list[_Known]:
@@ -321,10 +326,9 @@ def _copy(
         if time.monotonic() - kept_s > _KEPT_S:
             engine.keep_awaited()
             kept_s = time.monotonic()
-        hurry = hurried()
-        if hurry and engine.reservable <= len(best):
-            break  # what is worth less would come in their place
-        blocks = engine.reserve(min(len(missing), _BATCH_BLOCKS))
+        hurry = hurried()  # then what is worth less comes later, and not in the place of what has come
+        room = engine.unused_besides(best) if hurry else len(missing)
+        blocks = engine.reserve(min(len(missing), _BATCH_BLOCKS, room))
         if not blocks:
             break
         if hurry:
@@ -354,6 +358,7 @@ def _fill(
     try:
         if batch:
             reader.read_into([page for known in batch for page in known.pages], [kv.memory(b) for b in blocks])
+            kv.copied_bytes += len(batch) * kv.block_bytes
         still = None if read_again is None else {known.pages: known.version for known in read_again()}
         records = [k.record if still is None or still.get(k.pages) == k.version else None for k in batch]
     finally:

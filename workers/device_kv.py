@@ -36,6 +36,8 @@ class DeviceKV:
     ----------
     cache : KVCache
         Over all positions; touching a block that is not mapped ends the process.
+    copied_bytes : int
+        Copied into blocks of it from other pools, by whoever takes another device's KV over.
 
     Raises
     ------
@@ -62,6 +64,7 @@ class DeviceKV:
         self._free: list[int] = []  # positions that were given up: a heap. Those from `_fresh` on were never taken
         self._fresh = 0
         self._lock = threading.Lock()
+        self.copied_bytes = 0
         self.map(self._extent(kv_key(self.device)))
 
     @property

@@ -28,9 +28,8 @@ def take_in(engine: Engine, kv: DeviceKV, blocks: Sequence[Block]) -> None:
     engine.take_in([(block, records[kv.page_of(block)]) for block in mapped])
 
 
-def take_in_beside(engine: Engine, kv: DeviceKV, blocks: Sequence[Block]) -> None:
-    """`take_in` beside the engine's steps, which do not wait for it."""
-    rest = Throttle(engine.step_s)
+def take_in_beside(engine: Engine, kv: DeviceKV, blocks: Sequence[Block], rest: Callable[[], None]) -> None:
+    """`take_in` beside the engine's steps, which do not wait for it, with a rest now and then."""
     for at in range(0, len(blocks), _BATCH):
         take_in(engine, kv, blocks[at : at + _BATCH])
         rest()
@@ -38,7 +37,7 @@ def take_in_beside(engine: Engine, kv: DeviceKV, blocks: Sequence[Block]) -> Non
 
 def resize(engine: Engine, kv: DeviceKV, blocks: int, fresh: Sequence[int]) -> None:
     """Map pages as empty blocks, then part with blocks, used ones last, until ``blocks`` are mapped."""
-    take_in_beside(engine, kv, [(pages, None) for pages in kv.unmapped(fresh)])
+    take_in_beside(engine, kv, [(pages, None) for pages in kv.grouped(fresh)], Throttle(engine.step_s))
     part_with(engine, kv, blocks, lambda target: engine.resize((), target))
 
 

@@ -63,6 +63,8 @@ class WorkerReport:
         The device whose KV it maps; empty for none.
     kv_blocks : int
         KV blocks that it maps.
+    kv_copied_bytes : int
+        Of KV that it has copied from other pools since it has had that device.
     serial : int
         Higher in a later report of the same process.
     address : (str, int) or None
@@ -86,6 +88,7 @@ class WorkerReport:
     retired: int = 0
     device: str = ""
     kv_blocks: int = 0
+    kv_copied_bytes: int = 0
     serial: int = 0
     address: tuple[str, int] | None = None
     joining: frozenset[int] = frozenset()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
@@ -22,7 +21,6 @@ from .roles import WorkerConfig
 
 _log = logging.getLogger(__name__)
 _JOIN_S = 5.0
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +185,6 @@ class Service:
         """Raise InternalError if the engine has failed."""
         if isinstance(self.state, Failed):
             raise InternalError(f"worker {self._config.name}: {self.state.reason}")
-
-    def call(self, fn: Callable[[], T]) -> T:
-        """What ``fn`` returns, called between two steps; raises as `check` does."""
-        self.check()
-        return self.engine.call(fn)
 
     def _offer(self, generation: int, part: Part | None, heir: str) -> None:
         if generation == self._offered:

@@ -271,7 +271,7 @@ class Worker:
             report, service = replace(self._report(), serial=next(self._serials)), self._service
         kv = self._kv
         if kv is not None:
-            report = replace(report, device=kv.device, kv_blocks=kv.mapped)
+            report = replace(report, device=kv.device, kv_blocks=kv.mapped, kv_copied_bytes=kv.copied_bytes)
         if service is None:
             return report
         engine, address = service.engine, (self.config.host, service.frontend.port)

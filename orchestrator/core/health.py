@@ -70,12 +70,13 @@ def unaware(state: State, snapshot: Snapshot) -> Iterator[Park]:
 
     Between machines nothing says that one has fallen silent. On one machine everybody knows who has died.
     """
-    for record in (state.serving, state.pending.record if state.pending is not None else None):
+    for record in (state.left, state.serving, state.pending.record if state.pending is not None else None):
         if record is None or not needs_store(record.layout):
             continue
         facts = {worker: usable(snapshot, worker) for worker in record.workers}
         here = {worker: fact for worker, fact in facts.items() if fact is not None and fact.serving == record.id}
-        if None in facts.values() or any(fact.parked for fact in here.values()):
+        broken = record is state.serving and state.broken  # some may never have come, and wait for the next one
+        if broken or None in facts.values() or any(fact.parked for fact in here.values()):
             yield from (Park(worker, record.id) for worker, fact in here.items() if not fact.parked)
 
 

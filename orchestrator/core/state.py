@@ -105,6 +105,8 @@ class State:
 
     Parameters
     ----------
+    left : Record or None
+        The generation that served before, where no worker of it serves now, and some of it may not know that yet.
     operations : tuple of Operation
         Oldest first; a bounded number of them.
     standbys : int
@@ -131,6 +133,7 @@ class State:
     """
 
     operations: tuple[Operation, ...] = ()
+    left: Record | None = None
     serving: Record | None = None
     pending: Pending | None = None
     standbys: int = 0

@@ -75,8 +75,11 @@ def _withdraw(state: State, snapshot: Snapshot) -> State:
 
 def _serves(state: State, record: Record, snapshot: Snapshot) -> State:
     """The coming generation is the one that serves now."""
-    now_s = snapshot.now_s
-    state = replace(state, serving=record, pending=None, served_since_s=now_s, broken=False, standby_starts=0)
+    now_s, before = snapshot.now_s, state.serving
+    left = before if before is not None and not set(before.workers) & set(record.workers) else None
+    state = replace(
+        state, left=left, serving=record, pending=None, served_since_s=now_s, broken=False, standby_starts=0
+    )
     return committed(state, now_s)
 
 
@@ -218,7 +221,9 @@ def _finish(state: State, snapshot: Snapshot) -> State:
     if not _is_clear(state, snapshot):
         return state
     busy = any(isinstance(e, Free | HandOver | ResizeKV | Abandon) for e in snapshot.busy)
-    return state if busy or any(resizes(state, snapshot)) else end(state, "done", "", snapshot.now_s)
+    if busy or any(resizes(state, snapshot)):
+        return state
+    return end(replace(state, left=None), "done", "", snapshot.now_s)
 
 
 def _is_clear(state: State, snapshot: Snapshot) -> bool:

@@ -217,6 +217,8 @@ class Schedule:
             told = next(o for o in self.state.operations if o.id == before.operation.id)
             must(told.outcome == "superseded", f"C13: {told.id} is {told.outcome}, and another one was begun")
         self.again_s = inf
+        if self.state.pending is None:
+            self.opens_s = opens_s(self.state)  # the failures of another one do not put it off
         self.note(f"asked to {kind} {subject}: {[layout.devices for layout in route]} {leaving or ''}")
 
     def _cancel(self) -> None:

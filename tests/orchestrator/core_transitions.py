@@ -35,7 +35,12 @@ TRANSITIONS = {
     "replace": (_A[:3], [_A[0], _A[3]]),
     "all others": (_A[:2], _A[2:]),
 }
-ACROSS_NODES = {"grow ab": (_AB[:2], _AB), "shrink ab": (_AB, _AB[:2]), "leave b": (_AB[:3], _AB[:1])}
+ACROSS_NODES = {
+    "grow ab": (_AB[:2], _AB),
+    "shrink ab": (_AB, _AB[:2]),
+    "leave b": (_AB[:3], _AB[:1]),
+    "all others ab": (_AB[:3], [("cpu-4", "a")]),
+}
 _ALL = {**TRANSITIONS, **ACROSS_NODES}
 
 

@@ -1,8 +1,6 @@
 """A cluster to be simulated: processes, what is under way, what the controller sees, and what can go wrong.
 
-What a controller that died had asked for may still happen at any later time, with one exception: calls that change an
-extent or end an owner (`Free`, `HandOver`, `ResizeKV`, `StopOwner`) end before its successor looks, or not at all. They
-take milliseconds, and a successor needs seconds to start.
+What a controller that died had asked for may still happen at any later time.
 """
 
 from __future__ import annotations
@@ -16,14 +14,10 @@ from functools import cache
 from concertina.orchestrator.core.facts import (
     Effect,
     Fault,
-    Free,
-    HandOver,
     PoolFact,
-    ResizeKV,
     Snapshot,
     StartOwner,
     StartWorker,
-    StopOwner,
     WorkerFact,
 )
 from concertina.orchestrator.core.state import Record
@@ -35,7 +29,6 @@ from .core_processes import Pool, Trouble, Worker, must
 
 HANG_S = 8.0
 _NOTICE_S = 2.0
-_AT_ONCE = (Free, HandOver, ResizeKV, StopOwner)
 
 
 @cache
@@ -131,13 +124,7 @@ class World:
 
     def restart(self) -> None:
         """The controller dies; calls to other processes end without it, at some time."""
-        for effect, under_way in self.busy.items():
-            if self.order.random() < 0.5:
-                orphan = _one_call(under_way)
-                if isinstance(effect, _AT_ONCE):
-                    self._finish(orphan)
-                else:
-                    self.orphans.append(orphan)
+        self.orphans += [_one_call(under_way) for under_way in self.busy.values() if self.order.random() < 0.5]
         for pool in self.owners.values():
             pool.tight = pool.tight or bool(self.orphans)
         self.busy, self.errors, self.store = {}, {}, None
@@ -145,23 +132,12 @@ class World:
 
     def double(self, effect: Effect) -> None:
         """Have an effect carried out twice."""
-        if isinstance(effect, _AT_ONCE):
-            self._finish(deed(self, effect))
-        else:
-            self.orphans.append(_one_call(deed(self, effect)))
+        self.orphans.append(_one_call(deed(self, effect)))
 
     def advance_orphan(self, orphan: Deed) -> None:
         try:
             next(orphan)
         except (StopIteration, Trouble):
-            self.orphans.remove(orphan)
-
-    def _finish(self, orphan: Deed) -> None:
-        self.orphans.append(orphan)
-        for _ in range(8):
-            if orphan in self.orphans:
-                self.advance_orphan(orphan)
-        if orphan in self.orphans:
             self.orphans.remove(orphan)
 
     # Processes
@@ -310,6 +286,9 @@ class World:
                     take_over(self, worker, device)
             else:
                 worker.go(offer)
+        found = [self.workers.get(name) for name in self.records[offer].workers]
+        if any(worker is None or worker.failed or worker.hung_since_s is not None for worker in found):
+            self.undisturbed = False  # it had lost a member before it served
 
     def park_somebody(self) -> None:
         """Somebody notices that a member of its generation is lost."""

@@ -22,7 +22,7 @@ from .core_processes import Violation
 from .core_schedule import Schedule
 from .core_transitions import ACROSS_NODES, TRANSITIONS, FaultKind, OneFault
 
-SCHEDULES = 1400
+SCHEDULES = 2100
 BATCHES = 7
 FAULTS = [fault for fault in get_args(FaultKind) if fault != "node dies"]
 
@@ -39,7 +39,7 @@ def test_without_faults_every_operation_succeeds() -> None:
         assert outcomes <= {"done", "canceled", "superseded"}, seed
 
 
-@pytest.mark.parametrize("transition", TRANSITIONS)
+@pytest.mark.parametrize("transition", [*TRANSITIONS, *ACROSS_NODES])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_one_fault_at_every_effect_does_not_keep_an_operation_from_its_end(transition: str, fault: FaultKind) -> None:
     """C14."""

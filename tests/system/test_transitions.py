@@ -227,13 +227,13 @@ STRIKES = ["worker"] * 6 + ["both"] * 2 + ["hang", "owner"]  # in each mode, in 
 
 @pytest.mark.parametrize("mode", NAMES)
 def test_requests_do_not_notice_transitions(checkpoint: Path, members: list[Member], mode: str) -> None:
-    """What is copied is what the dry run says, to the byte: nothing where memory is shared."""
+    """What is copied is what the operation's plan says, to the byte: nothing where memory is shared, of KV neither."""
 
     async def go() -> None:
         choose, fields = random.Random(f"transitions {mode}"), MODES[NAMES.index(mode)]
         async with under_load(members, checkpoint, rebalance_s=0.0, **fields) as load:
             controller, hands, size = load.deployment.controller, load.deployment.hands, 2
-            seen = {replicated(load)}
+            seen, copied_kv = {replicated(load)}, 0
             for first in (*FIRST, *(0,) * TRANSITIONS):
                 size = first or choose.choice([n for n in (1, 2, 3, 4) if n != size])
                 await until(lambda: everyone_has_some(load))
@@ -242,7 +242,7 @@ def test_requests_do_not_notice_transitions(checkpoint: Path, members: list[Memb
                 asked = controller._state.operations[-1]
                 ended = await controller.operation(load.token, operation.id, LIMIT_S)
                 assert (ended.state, ended.reason) == ("done", ""), ended
-                await settled(load, size)
+                copied_kv += sum(worker.kv_copied_bytes for worker in (await settled(load, size)).workers)
                 await cleared(load)
                 planned = preview(before.layout, asked.goal, asked.route)
                 has = taken_in(hands)
@@ -256,6 +256,7 @@ def test_requests_do_not_notice_transitions(checkpoint: Path, members: list[Memb
                 recomputed = [sequence for sequence in begun(moved) if sequence.cached < sequence.tokens - 1]
                 assert "fleet" in fields or not recomputed, (recomputed, moved)  # small devices lack room
                 seen.add(replicated(load))
+            assert bool(copied_kv) == ("memory_mode" in fields)
             assert True in seen or "spare_slots" not in fields
             assert any(sequence.cached == sequence.tokens - 1 for sequence in load.resumed)
 

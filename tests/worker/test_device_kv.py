@@ -214,6 +214,22 @@ def test_before_a_deadline_what_is_worth_most_is_copied_first(make_site: MakeSit
         assert again.cached_tokens == 4 * count
 
 
+def test_a_long_sequence_does_not_end_early_what_is_copied_before_a_deadline(make_site: MakeSite, hire: Hire) -> None:
+    """So much is left for it that few blocks can be reserved at a time; all that there is room for still comes."""
+    site = make_site("a", "b", blocks=50, separate=True)
+    workers = [hire(emulated_step_ms=100.0), hire()]
+    bring(workers, site.generation(["a", "b"]))
+    with clients() as client:
+        assert client.start(workers[1], range(90), 8).finished() == "length"
+        bring(workers[:1], site.generation(["a"], "solo"), workers[1])
+        stream = client.start(workers[0], [200], 159)
+        stream.wait_for(1)
+        service, kv = workers[0].worker._serving()
+        adoption.adopt(service.engine, kv, site.source("b"), 50, lambda: True, lambda: True)
+        assert not stream.end.done()
+        assert cached_beginnings(service.engine, kv) == list(range(0, 88, 4))[::-1]
+
+
 def cached_beginnings(engine: Engine, kv: DeviceKV) -> list[int]:
     """First tokens of the blocks of a prompt that counts upwards, in the order in which they would be evicted."""
     assert kv.ledger is not None

@@ -160,11 +160,11 @@ def test_compute_threads_change_at_the_swap_in_the_engines_thread(make_site: Mak
     bring([worker], site.generation(["a"], "solo", threads=2))
     service = worker.worker._service
     assert service is not None
-    assert service.call(torch.get_num_threads) == 2
+    assert service.engine.call(torch.get_num_threads) == 2
     bring([worker], site.generation(["a"], "solo", threads=1))
-    assert service.call(torch.get_num_threads) == 1
+    assert service.engine.call(torch.get_num_threads) == 1
     bring([worker], site.generation(["a"], "solo"))
-    assert service.call(torch.get_num_threads) == 1
+    assert service.engine.call(torch.get_num_threads) == 1
 
 
 def test_kv_grows_and_shrinks_under_running_streams(make_site: MakeSite, hire: Hire, loaded: Loaded) -> None:

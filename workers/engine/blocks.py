@@ -99,12 +99,7 @@ class BlockManager:
     @property
     def available(self) -> int:
         """Blocks that can be had at once: free ones and evictable ones."""
-        return self.reservable + len(self._kept)
-
-    @property
-    def reservable(self) -> int:
-        """Those of them that are not kept."""
-        return len(self._free) + len(self._idle)
+        return len(self._free) + len(self._idle) + len(self._kept)
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold so many tokens."""
@@ -231,9 +226,13 @@ class BlockManager:
 
     def reserve(self, count: int) -> list[int]:
         """Up to ``count`` free or cached blocks for the caller to fill, none of those kept; used until `adopt`."""
-        blocks = [self._take() for _ in range(min(count, self.reservable))]
+        blocks = [self._take() for _ in range(min(count, self.unused_besides(())))]
         self._reserved.update(blocks)
         return blocks
+
+    def unused_besides(self, blocks: Iterable[int]) -> int:
+        """How many free or cached blocks there are besides these, without those kept."""
+        return len(self._free) + len(self._idle) - sum(block in self._idle for block in blocks)
 
     def keep(self, blocks: Iterable[int]) -> None:
         """Evict those of these that are cached after all others, the last one first.

@@ -168,20 +168,15 @@ class EngineCore:
         self._end_misfits(self.scheduler.blocks.capacity)
         return parted
 
-    @property
-    def reservable(self) -> int:
-        """How many blocks `reserve` would give at most."""
-        blocks = self.scheduler.blocks
-        longest = max((seq.kv_tokens_at_most for seq in self.scheduler.sequences), default=0)
-        spare = blocks.capacity - blocks.reserved_blocks - blocks.blocks_for(longest)
-        return max(0, min(blocks.reservable, spare))
-
     def reserve(self, count: int) -> list[int]:
         """Up to ``count`` blocks that nobody uses, to be filled and given back; they are no one's till then.
 
         So many are left that every sequence here still fits. Not while `freed_in_step`.
         """
-        return self.scheduler.blocks.reserve(min(count, self.reservable))
+        blocks = self.scheduler.blocks
+        longest = max((seq.kv_tokens_at_most for seq in self.scheduler.sequences), default=0)
+        spare = blocks.capacity - blocks.reserved_blocks - blocks.blocks_for(longest)
+        return blocks.reserve(max(0, min(count, spare)))
 
     def give_back(self, records: Collection[tuple[int, BlockRecord | None]]) -> None:
         """Take blocks of `reserve` in again, with what they hold now: they are the last to go."""

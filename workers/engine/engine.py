@@ -201,11 +201,10 @@ class Engine:
         with self._lock:
             return self._core.worth_adopting(used, unused, target)
 
-    @property
-    def reservable(self) -> int:
-        """How many blocks `reserve` would give now, at most."""
+    def unused_besides(self, blocks: Iterable[int]) -> int:
+        """`BlockManager.unused_besides`, at once."""
         with self._lock:
-            return self._core.reservable
+            return self._core.scheduler.blocks.unused_besides(blocks)
 
     def keep_awaited(self) -> None:
         """Until `keep_no_more`, what sequences that wait now would find is evicted last, and not reserved."""
