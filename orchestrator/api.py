@@ -18,7 +18,7 @@ from . import remote
 from .config import DEFAULT_NAME
 from .preview import Preview
 from .status import DeploymentStatus, OperationStatus
-from .tokens import find_token
+from .tokens import WrongToken, find_token, where_found
 
 _POLL_S = 5.0  # the controller answers at once when something changes
 _LEAST_PATIENCE_S = 5.0
@@ -125,9 +125,12 @@ class Deployment:
         """The controller's answer; where that does no harm, its restart is waited for, for ``patience_s`` in all."""
         remote_method = getattr(remote.find_controller(self.name), method).remote
         token = find_token(self.name, self._given)
-        if method in _TWICE:
-            return remote.ask_again(lambda: remote_method(token, *args), patience_s)
-        return remote.ask(remote_method(token, *args))
+        try:
+            if method in _TWICE:
+                return remote.ask_again(lambda: remote_method(token, *args), patience_s)
+            return remote.ask(remote_method(token, *args))
+        except WrongToken as e:
+            raise WrongToken(f"{e}: {where_found(self.name, self._given)}") from None
 
 
 def patience_of(left_s: float) -> float:

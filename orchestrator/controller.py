@@ -23,7 +23,7 @@ from .cluster import Cluster
 from .config import DeploymentConfig
 from .core.facts import Effect, PoolFact, WorkerFact
 from .core.layout import Layout, node_of_pool
-from .core.operations import cancel, request
+from .core.operations import cancel, end, request
 from .core.state import Leaving, Operation, OperationKind, State
 from .core.step import step
 from .deeds import Deeds
@@ -38,6 +38,7 @@ from .report import member_list, operation_status, pool_statuses, worker_statuse
 from .resize import drained, placed, rebalanced, resized, route
 from .seating import nodes_called
 from .status import DeploymentStatus, MemberList, OperationStatus, Progress
+from .tokens import WrongToken
 from .under_way import UnderWay, error_text
 
 _log = logging.getLogger(__name__)
@@ -237,10 +238,13 @@ class Controller:
         self._admit(token)
         if current := self._asked("rebalance", _EXPERTS):
             return self._told(current)
+        replanner = self._serving()
         kept = self._config.loads_file is not None and os.path.exists(self._config.loads_file)
         if not kept and (self._balancer is None or self._balancer.loads is None):
-            raise OperatorError("rebalance: too few tokens were routed so far to tell hot experts from cold ones")
-        _, way = await self._serving().plan(rebalanced)
+            raise OperatorError(
+                "rebalance: too few tokens were routed since the controller started to tell hot experts from cold ones"
+            )
+        _, way = await replanner.plan(rebalanced)
         return await self._ask("rebalance", "for the measured loads", way, subject=_EXPERTS)
 
     async def drain(self, token: str, device: str, deadline_s: float | None = None) -> OperationStatus:
@@ -321,10 +325,12 @@ class Controller:
 
     def _admit(self, token: str) -> None:
         if not hmac.compare_digest(token.encode(), self._config.token.encode()):
-            raise OperatorError("token: it is not this deployment's")
+            raise WrongToken("token: it is not this deployment's")
 
     def _serving(self) -> Replanner:
-        """What plans; raises `OperatorError` as long as nothing serves."""
+        """What plans; raises `OperatorError` as long as nothing serves, or if nothing goes on any more."""
+        if self._state.failure:
+            raise OperatorError(f"the deployment has failed: {self._state.failure}")
         if self._replanner is None or self._state.serving is None:
             raise OperatorError("the deployment does not serve yet; ask again when it does")
         return self._replanner
@@ -371,7 +377,8 @@ class Controller:
                 await self._turn()
         except Exception as e:  # noqa: BLE001 - whatever ends the loop must end the deployment: nobody acts any more
             _log.exception("the controller's loop failed")
-            self._state = replace(self._state, failure=f"the controller's loop failed: {error_text(e)}")
+            failure = f"the controller's loop failed: {error_text(e)}"
+            self._state = replace(end(self._state, "failed", failure, self._hands.now_s()), failure=failure)
             await self._tell()
 
     async def _turn(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import time
@@ -129,6 +130,8 @@ def find_controller(deployment: str) -> Any:
         others = sorted(find_gcs_addresses() - {ray.get_runtime_context().gcs_address})
         elsewhere = f"; other Rays run on this machine (--address): {', '.join(others)}" if others else ""
         raise OperatorError(f"name: no deployment called {deployment!r}; {there}{elsewhere}") from None
+    except ray.exceptions.RayError as e:
+        raise OperatorError(f"address: the Ray cluster does not answer, or has ended: {one_line(e)}") from e
 
 
 def _controllers() -> list[str]:
@@ -144,10 +147,10 @@ def ask(reference: Any, timeout_s: float | None = None) -> Any:
     Unavailable
         Nothing has answered, in ``timeout_s`` or because the process that was called has ended and starts again.
     InternalError
-        The process that was called has ended for good.
+        The process that was called has ended for good, or its cluster.
     """
     try:
-        return ray.get(reference, timeout=timeout_s)
+        return ray.get(reference, timeout=None if timeout_s == math.inf else timeout_s)
     except ray.exceptions.RayTaskError as e:
         raise e.cause from None
     except ray.exceptions.GetTimeoutError as e:
@@ -156,6 +159,8 @@ def ask(reference: Any, timeout_s: float | None = None) -> Any:
         raise Unavailable(f"a process of the deployment does not answer: {one_line(e)}") from e
     except ray.exceptions.RayActorError as e:
         raise InternalError(f"a process of the deployment has ended: {one_line(e)}") from e
+    except ray.exceptions.RayError as e:
+        raise InternalError(f"the Ray cluster does not answer, or has ended: {one_line(e)}") from e
 
 
 def ask_again(call: Callable[[], Any], patience_s: float = PATIENCE_S) -> Any:

@@ -58,6 +58,8 @@ def resized(current: Layout, workers: int, context: Context) -> Layout:
 def drained(current: Layout, name: str, context: Context) -> Layout:
     """The layout without a device, or without all devices of a node; others keep their place if their node is there.
 
+    A node that has all of them gives way to as many new ones on other nodes.
+
     Parameters
     ----------
     name : str
@@ -75,11 +77,13 @@ def drained(current: Layout, name: str, context: Context) -> Layout:
     seats = tuple(seat for seat in current.seats if seat.device not in leaving and seat.node in alive)
     if not seats:
         node = named_node(current, name, context)
-        others = alive - set(context.cordoned) - {node}
+        if node and alive - set(context.cordoned) - {node}:
+            shut = replace(context, cordoned=context.cordoned | {node})
+            return _moved(current, _added((), len(current.seats), current, shut), shut)
         first = (
-            f"start another one first (concertina scale --workers {len(current.seats) + 1})"
-            if others or not node
-            else "no other node can take workers: let one join, or undrain one (concertina undrain)"
+            "no other node can take workers: let one join, or undrain one (concertina undrain)"
+            if node
+            else f"start another one first (concertina scale --workers {len(current.seats) + 1})"
         )
         raise OperatorError(f"drain: without {name} no device would be left; {first}")
     return _moved(current, seats, context)

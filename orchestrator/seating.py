@@ -26,7 +26,9 @@ def next_node(nodes: Sequence[NodeInfo], taken: Counter[str]) -> str:
 
 
 def nodes_called(name: str, hosts: Mapping[str, str]) -> list[str]:
-    """Those of the nodes, given with their addresses, that a name may stand for."""
+    """Those of the nodes, given with their addresses (empty: unknown), that a name may stand for."""
+    if not name:
+        return []
     long_enough = len(name) >= _LEAST_NODE_PREFIX
     return [n for n, host in hosts.items() if name in (n, host) or (long_enough and n.startswith(name))]
 

@@ -26,6 +26,7 @@ from .ingress.settings import IngressSettings
 from .lifeline import Identity
 from .planning import fitting_placement, max_model_len
 from .ray_hands import end_all
+from .status import bar_of
 from .tokens import kept_token
 
 _log = logging.getLogger(__name__)
@@ -135,8 +136,8 @@ def _bring_up(starting: Any, opening: Future[None], controller: Any, console: Co
                 opening.result()  # if it failed, nobody need wait for the weights
             starting = _still_starting(starting, controller)
             seen = remote.ask_again(controller.progress.remote)
-            total = seen.total_bytes or None
-            progress.update(task, description=seen.phase, completed=seen.loaded_bytes, total=total)
+            done, total = bar_of(seen.loaded_bytes, seen.total_bytes)
+            progress.update(task, description=seen.phase, completed=done, total=total)
     opening.result()
 
 

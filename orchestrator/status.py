@@ -143,3 +143,8 @@ class Progress:
     phase: str
     loaded_bytes: int = 0
     total_bytes: int = 0
+
+
+def bar_of(done: int, total: int) -> tuple[int, int | None]:
+    """What a bar shows as done, and of how much: never all, since its clock would stop, and other work comes behind."""
+    return min(done, max(0, total - 1)), total or None

@@ -16,6 +16,10 @@ _log = logging.getLogger(__name__)
 VARIABLE = "CONCERTINA_TOKEN"
 
 
+class WrongToken(OperatorError):
+    """Another deployment's, or nobody's."""
+
+
 def token_file(deployment: str) -> Path:
     """The file of a deployment's token.
 
@@ -40,6 +44,13 @@ def find_token(deployment: str, given: str | None = None) -> str:
     """
     token = given or os.environ.get(VARIABLE)
     return check_token(token if token else _read(deployment))
+
+
+def where_found(deployment: str, given: str | None = None) -> str:
+    """Where `find_token` finds a token, in words."""
+    if given:
+        return "the one given"
+    return f"the one in {VARIABLE}" if os.environ.get(VARIABLE) else f"the one in {token_file(deployment)}"
 
 
 def _read(deployment: str) -> str:

@@ -18,4 +18,4 @@ def command(target: Target, device: str, deadline_s: float | None) -> None:
     A node gets no workers any more, until concertina undrain.
     """
     deployment = target.deployment()
-    follow(target, deployment, deployment.drain(device, deadline_s))
+    follow(target, deployment, lambda: deployment.drain(device, deadline_s))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...errors import OperatorError
+from ...errors import InternalError, OperatorError
 from ..config import DEFAULT_NAME, parse_seconds
 from ..tokens import VARIABLE
 
@@ -51,7 +51,8 @@ class Target:
     @property
     def named(self) -> str:
         """What a command must be given so that it is about the same deployment."""
-        return "" if self.name == DEFAULT_NAME else f" --name {self.name}"
+        name = "" if self.name == DEFAULT_NAME else f" --name {self.name}"
+        return name if self.address is None else f"{name} --address {self.address}"
 
     def deployment(self) -> Deployment:
         from ..api import Deployment
@@ -92,14 +93,19 @@ def target_options(waits: bool = True) -> Callable[[Callable[..., Any]], Callabl
     return decorate
 
 
-def follow(target: Target, deployment: Deployment, status: OperationStatus) -> None:
-    """Show an operation until it ends, if that was asked for, and say what became of it.
+def follow(target: Target, deployment: Deployment, begin: Callable[[], OperationStatus]) -> None:
+    """Begin an operation, show it until it ends, if that was asked for, and say what became of it.
 
     Raises
     ------
     OperatorError
         It failed, was canceled or superseded, or did not end in time.
     """
+    try:
+        status = begin()
+    except KeyboardInterrupt:
+        click.echo(f"\nit may have been accepted; concertina operations{target.named} shows it", err=True)
+        sys.exit(130)
     waits = target.wait if target.wait is not None else target.timeout_s is not None or sys.stdout.isatty()
     if waits and status.state == "running":
         status = _watched(target, deployment, status)
@@ -115,8 +121,10 @@ def _watched(target: Target, deployment: Deployment, status: OperationStatus) ->
         return watch(deployment, status, target.timeout_s)
     except KeyboardInterrupt:
         command = f"concertina cancel {status.id}{target.named}"
-        click.echo(f"\noperation {status.id} goes on; {command} withdraws it", err=True)
+        click.echo(f"\noperation {status.id} goes on; until it is committed, {command} withdraws it", err=True)
         sys.exit(130)
+    except InternalError as e:
+        raise InternalError(f"{e}; operation {status.id} goes on: concertina operations{target.named}") from e
 
 
 def tell(target: Target, status: OperationStatus, waited: bool) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..api import Deployment, patience_of
-from ..status import OperationStatus
+from ..status import OperationStatus, bar_of
 
 _LOOK_S = 0.5
 _STYLES = {"running": "yellow", "done": "green", "failed": "red", "canceled": "dim", "superseded": "dim"}
@@ -37,8 +37,8 @@ def watch(
         task = bar.add_task(status.text, total=None)
         told = ""
         while True:
-            total = status.bytes_total or None
-            bar.update(task, description=_now(status), completed=status.bytes_done, total=total)
+            done, total = bar_of(status.bytes_done, status.bytes_total)
+            bar.update(task, description=_now(status), completed=done, total=total)
             if not console.is_terminal and _now(status) != told:
                 console.print(f"{_now(status)}{progress(status)}", highlight=False, markup=False, soft_wrap=True)
             told = _now(status)
@@ -79,7 +79,7 @@ def operations_table(operations: Sequence[OperationStatus]) -> Table:
     """The latest operations, newest last."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("id", "what", "state"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, no_wrap=name != "what", overflow="fold")  # a drained node's id is 56 letters
     for name in ("began, s", "took, s"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("phase or reason")

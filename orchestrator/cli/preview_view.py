@@ -13,7 +13,8 @@ _MIB = 1 << 20
 
 def render(preview: Preview) -> RenderableType:
     """Tables for a terminal."""
-    instead = f"instead of {preview.supersedes}, which is under way" if preview.supersedes else ""
+    instead = f"instead of {preview.supersedes}, which is under way; behind it once it is committed"
+    instead = instead if preview.supersedes else ""
     if not preview.generations:
         return f"{preview.workers_before} workers already: {instead or 'nothing to do'}"
     way = "" if preview.generations < 2 else f", in {preview.generations} generations as memory is tight"

@@ -12,4 +12,4 @@ from .operation_run import Target, follow, target_options
 def command(target: Target) -> None:
     """Move experts to where the measured loads want them, without waiting for the next interval."""
     deployment = target.deployment()
-    follow(target, deployment, deployment.rebalance())
+    follow(target, deployment, lambda: deployment.rebalance())

@@ -18,7 +18,7 @@ def command(target: Target, workers: int, dry_run: bool) -> None:
     """Scale the deployment to so many workers. Requests go on; the same command again joins what is under way."""
     deployment = target.deployment()
     if not dry_run:
-        follow(target, deployment, deployment.scale(workers))
+        follow(target, deployment, lambda: deployment.scale(workers))
         return
     preview: Any = deployment.scale(workers, dry_run=True)
     if target.as_json:

@@ -12,6 +12,7 @@ from concertina.orchestrator import remote
 from concertina.orchestrator.preview import Preview, preview
 from concertina.orchestrator.resize import resized
 from concertina.orchestrator.status import DeploymentStatus, OperationStatus
+from concertina.orchestrator.tokens import WrongToken
 
 from .resize_world import context, layout_of
 
@@ -77,7 +78,7 @@ class FakeController:
             self.failing -= 1
             raise remote.Unavailable("it starts again")
         if token != TOKEN:
-            raise OperatorError("token: it is not this deployment's")
+            raise WrongToken("token: it is not this deployment's")
         self.asked.append((method, *args))
 
 

@@ -203,6 +203,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(checkpoint: Path) -> N
                 (controller.drain(token, "cpu-0", "60"), "deadline: '60'; expected"),
                 (controller.rebalance(token), "too few tokens"),
                 (controller.drain(token, "cpu-9"), "cpu-9"),
+                (controller.undrain(token, "nowhere"), "no drained node is called 'nowhere'; drained: none"),
                 (controller.scale(token, 100_000), "workers: 100000; expected at most 64"),
             ):
                 with pytest.raises(OperatorError, match=says):
@@ -365,11 +366,14 @@ def test_a_hung_owner_is_killed_and_another_one_adopts(checkpoint: Path) -> None
 
 def test_a_failed_engine_is_replaced_and_one_that_keeps_failing_ends_it(checkpoint: Path) -> None:
     async def go() -> None:
-        async with controlled(checkpoint, 1) as (controller, hands, _):
+        async with controlled(checkpoint, 1) as (controller, hands, token):
             hands.faults.errors["engine"] = RuntimeError("NaN everywhere")
             await until(lambda: controller._state.failure)
             assert "RuntimeError: NaN everywhere" in controller._state.failure
             assert (await controller.members()).workers == ()
+            for call in (controller.scale(token, 2), controller.drain(token, "cpu-0"), controller.rebalance(token)):
+                with pytest.raises(OperatorError, match=r"the deployment has failed: .*NaN everywhere"):
+                    await call
 
     asyncio.run(go())
 

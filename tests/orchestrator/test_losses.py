@@ -312,7 +312,7 @@ def test_rebalancing_needs_loads_that_are_there(checkpoint: Path, tmp_path: Path
     async def go() -> None:
         path = str(tmp_path / "loads.json")
         async with controlled(checkpoint, 2, loads_file=path) as (controller, _, token):
-            with pytest.raises(OperatorError, match="too few tokens were routed so far"):
+            with pytest.raises(OperatorError, match="too few tokens were routed since the controller started"):
                 await controller.rebalance(token)
 
     asyncio.run(go())

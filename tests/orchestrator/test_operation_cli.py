@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from click.testing import CliRunner, Result
-from concertina.errors import OperatorError
+from concertina.errors import InternalError, OperatorError
 from concertina.orchestrator import remote
 from concertina.orchestrator.api import Deployment
 from concertina.orchestrator.cli import main as entry
 from concertina.orchestrator.cli import operation_run, operation_view
 from concertina.orchestrator.cli.status_view import StatusView
 from concertina.orchestrator.remote import Unavailable
-from concertina.orchestrator.status import OperationStatus
+from concertina.orchestrator.status import OperationStatus, bar_of
 from concertina.orchestrator.tokens import VARIABLE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -89,7 +90,7 @@ def test_a_limit_holds_while_the_controller_is_away(monkeypatch: pytest.MonkeyPa
         with pytest.raises(Unavailable):
             Deployment("mine").wait("op-1", timeout_s=5.0)
     else:
-        assert isinstance(run(*command.split()).exception, Unavailable)
+        assert "it starts again" in str(run(*command.split()).exception)
     assert 4.0 < patience_s[-1] <= 10.0
 
 
@@ -179,8 +180,43 @@ def test_interrupting_a_wait_leaves_the_operation_alone(monkeypatch: pytest.Monk
     monkeypatch.setattr(operation_view, "watch", interrupted)
     done = run("scale", "--workers", "3", "--wait")
     assert done.exit_code == 130
-    assert "operation op-1 goes on; concertina cancel op-1 withdraws it" in done.stderr
+    assert "operation op-1 goes on; until it is committed, concertina cancel op-1 withdraws it" in done.stderr
     assert controller.asked == [("scale", 3, False)]
+
+
+def test_interrupting_the_request_says_that_it_may_have_been_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **options: Any) -> OperationStatus:
+        raise KeyboardInterrupt
+
+    install(monkeypatch, FakeController(RUNNING))
+    monkeypatch.setattr(Deployment, "drain", interrupted)
+    done = run("drain", "cpu-1", "--name", "mine")
+    assert (done.exit_code, done.stdout) == (130, "")
+    assert "it may have been accepted; concertina operations --name mine shows it" in done.stderr
+
+
+def test_a_controller_that_stays_away_is_told_with_the_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeController(RUNNING))
+
+    def away(*args: Any) -> OperationStatus:
+        raise Unavailable("it starts again")
+
+    monkeypatch.setattr(operation_view, "watch", away)
+    done = run("scale", "--workers", "3", "--wait")
+    assert str(done.exception) == "it starts again; operation op-1 goes on: concertina operations"
+
+
+@pytest.mark.parametrize("error", [ray.exceptions.RaySystemError("lost"), ray.exceptions.LocalRayletDiedError()])
+def test_the_end_of_the_cluster_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def ended(*args: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(ray, "get", ended)
+    monkeypatch.setattr(ray, "get_actor", ended)
+    with pytest.raises(InternalError, match="the Ray cluster does not answer, or has ended"):
+        remote.ask(None)
+    with pytest.raises(OperatorError, match="the Ray cluster does not answer, or has ended"):
+        remote.find_controller("mine")
 
 
 @pytest.mark.parametrize("command", ["scale --workers 3", "rebalance", "drain cpu-1"])
@@ -250,7 +286,7 @@ def test_wrong_usage_ends_with_status_2(arguments: str, says: str) -> None:
 @pytest.mark.parametrize("command", ["scale --workers 3", "rebalance", "drain cpu-1", "undrain node-b", "cancel op-1"])
 def test_tokens_and_names_are_checked(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     controller = install(monkeypatch, FakeController())
-    assert "not this deployment's" in str(run(*command.split(), "--token", "x" * 20).exception)
+    assert "not this deployment's: the one given" in str(run(*command.split(), "--token", "x" * 20).exception)
     assert "no deployment called 'nobody'" in str(run(*command.split(), "--name", "nobody").exception)
     monkeypatch.delenv(VARIABLE)
     assert "token: none for deployment 'concertina'" in str(run(*command.split()).exception)
@@ -309,6 +345,23 @@ def test_any_operation_can_be_shown(text: str, reason: str, began_s: float, ende
         status = replace(status, bytes_total=moved, bytes_done=moved)
         assert state in operation_view.outcome(status) or state == "running"
         assert "op-1" in _shown(operation_view.operations_table([status]))
+
+
+def test_ids_and_reasons_are_shown_beside_long_names() -> None:
+    drained = replace(DONE, text=f"{'5400336f' * 7}: 2 -> 1 workers", state="failed", reason="too little memory")
+    console = Console(width=80, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(operation_view.operations_table([drained]))
+    lines = capture.get().splitlines()
+    assert lines[1].startswith("op-1")
+    assert "memory" in capture.get()
+
+
+@given(st.integers(0, 1 << 40), st.integers(0, 1 << 40))
+def test_a_bar_never_ends_before_its_operation(done: int, total: int) -> None:
+    shown, of = bar_of(done, total)
+    assert shown <= done
+    assert of is None or shown < of == total
 
 
 def test_a_live_terminal_shows_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,12 +122,19 @@ def test_a_node_that_is_gone_keeps_no_devices() -> None:
         drained(current, "node-a", alone)
 
 
-def test_draining_the_only_node_that_is_left_names_a_way_out() -> None:
-    """More workers would be on that node, too."""
+def test_a_node_that_has_all_devices_gives_way_to_others() -> None:
+    planned_for = context(A, B)
+    current = layout_of(replace(planned_for, nodes=(A,)), 2)
+    target = drained(current, "node-a", planned_for)
+    assert [seat.node for seat in target.seats] == ["node-b", "node-b"]
+    assert not set(target.devices) & set(current.devices)
+
+
+def test_draining_the_only_node_or_device_that_is_left_names_a_way_out() -> None:
     planned_for = context(A, B)
     current = layout_of(replace(planned_for, nodes=(A,)), 2)
     with pytest.raises(OperatorError, match="no device would be left; start another one first"):
-        drained(current, "node-a", planned_for)
+        drained(layout_of(planned_for, 1), "cpu-0", planned_for)
     for context_of in (replace(planned_for, nodes=(A,)), replace(planned_for, cordoned=frozenset({"node-b"}))):
         with pytest.raises(OperatorError, match="no other node can take workers: let one join, or undrain one"):
             drained(current, "node-a", context_of)

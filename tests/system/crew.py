@@ -209,7 +209,7 @@ class ProcessHands:
             owner._owner.close()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Deployment:
     """What serves: its controller, what it starts processes with, and a connection to every worker by rank."""
 
@@ -224,16 +224,26 @@ async def deployed(members: Sequence[Member], checkpoint: Path, **fields: Any) -
     options = {"standbys": 0, **fields}
     config = DeploymentConfig(str(checkpoint), name=f"test-{os.getpid()}-{next(_numbers)}", **options)
     hands = ProcessHands(members)
-    controller = Controller(config, hands)
+    deployment = Deployment(Controller(config, hands), hands, [])
     try:
         async with AsyncExitStack() as stack:
-            await asyncio.wait_for(controller.start(), START_S)
-            clients = []
-            for address in (await controller.members()).workers:
+            await asyncio.wait_for(deployment.controller.start(), START_S)
+            for address in (await deployment.controller.members()).workers:
                 client = await WorkerClient.connect(address.host, address.port, config.token)
                 stack.push_async_callback(client.close)
-                clients.append(client)
-            yield Deployment(controller, hands, clients)
+                deployment.clients.append(client)
+            yield deployment
     finally:
-        await controller.stop()
+        await deployment.controller.stop()
         hands.close()
+
+
+async def restart(deployment: Deployment) -> None:
+    """The controller's process dies, and another one takes its place; calls to other processes go on without it."""
+    first = deployment.controller
+    assert first._loop is not None
+    first._cluster.close()
+    for task in (first._loop, *first._under_way.tasks.values(), *([first._planning] if first._planning else [])):
+        task.cancel()
+    deployment.controller = second = Controller(first._config, deployment.hands)
+    await second.resume()
