@@ -45,6 +45,7 @@ class Pool:
     hung_since_s: float | None = None  # its owner
     extents: dict[str, int] = field(default_factory=dict)
     loading: dict[str, int] = field(default_factory=dict)
+    most: int = 0  # pages that were in use at any moment
 
     @property
     def used(self) -> int:
@@ -62,6 +63,7 @@ class Pool:
         must(self.tight or self.used + pages <= self.budget, f"C12: {pages} more in {self}")
         if self.used + pages > self.budget:
             raise Trouble(f"too few pages in {self.name}", lasting=True)
+        self.most = max(self.most, self.used + pages)
 
     def finish(self, keys: Iterable[str]) -> None:
         self.extents.update({key: self.loading.pop(key) for key in keys if key in self.loading})

@@ -12,12 +12,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from concertina.orchestrator.core.facts import Commit, Snapshot
 from concertina.orchestrator.core.layout import MemoryMode
+from concertina.orchestrator.core.state import State
+from concertina.orchestrator.core.step import Decision
+from concertina.orchestrator.preview import preview
 
+from . import core_schedule
 from .core_processes import Violation
 from .core_schedule import Schedule
 from .core_transitions import ACROSS_NODES, TRANSITIONS, FaultKind, OneFault
@@ -58,6 +64,37 @@ def at_every_effect(transition: str, mode: MemoryMode, fault: FaultKind, lates: 
     for late in lates:
         for at in range(whole.started - whole.began):
             OneFault(transition, mode, fault, at, late=late).play()
+
+
+@pytest.mark.parametrize("transition", [*TRANSITIONS, *ACROSS_NODES])
+@pytest.mark.parametrize("mode", get_args(MemoryMode))
+def test_as_many_pages_are_in_use_as_a_dry_run_says(transition: str, mode: MemoryMode) -> None:
+    """At most, of every pool that is there afterwards."""
+    played = OneFault(transition, mode).play()
+    said = {pool.pool: pool.peak_pages for pool in preview(*played.way).pools}
+    assert {name: pool.most for name, pool in played.world.owners.items()} == {
+        name: said[name] for name in played.world.owners
+    }
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_what_goes_wrong_is_told_with_its_seed(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the same seed goes wrong in the same way."""
+    real = core_schedule.step
+
+    def forgetful(state: State, snapshot: Snapshot) -> Decision:
+        decision = real(state, snapshot)
+        return replace(decision, effects=tuple(e for e in decision.effects if not isinstance(e, Commit)))
+
+    monkeypatch.setattr(core_schedule, "step", forgetful)
+    said = []
+    for _ in range(2):
+        with pytest.raises(Violation) as caught:
+            Schedule(seed).play()
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert said[0].startswith(f"seed {seed}: ")
+    assert said[0].endswith(f"python -m tests.orchestrator.test_simulation {seed}")
 
 
 def test_a_history_follows_from_its_seed() -> None:

@@ -250,6 +250,7 @@ def test_an_engine_that_hangs_is_not_noticed(server: Server, deployment: Deploym
             wait_for(lambda: not struck.runs, lambda: f"still there: {deployment.status()}", limit_s=90.0)  # noqa: B023
         after = settled(deployment, 2, before.generation + 1)
         assert kv_blocks(after) == kv_blocks(before)
+        same_pages(deployment, before)
         load.more()
         if any("has to be ended: its engine has made no progress" in log for log in server.logs()):
             return
