@@ -307,23 +307,25 @@ def test_a_node_that_serves_and_vanishes_during_a_change_leaves_what_served(chec
     async def go(config: DeploymentConfig, controller: Any) -> None:
         async with Streams.of(config.name, config.token) as streams:
             before = await settled(controller, 1)
-            for phase in ("moving weights", "forming the generation", "switched"):
+            for phase in ("forming the generation", "switched"):
                 lost = await join(cluster)
                 base = await scale(controller, config, 2)
                 assert lost.node_id in nodes_of(base)
                 await streams.more(6)
                 new = await join(cluster)
                 everything = await asyncio.to_thread(processes, lost)
-                operation = await controller.scale(config.token, 3)
+                operation = await controller.scale.remote(config.token, 3)
                 assert await reached(controller, base.generation, phase) == (phase != "switched"), "it was missed"
                 kill(everything)
                 await asyncio.to_thread(gone, cluster, lost, everything)
-                ended = await controller.operation(config.token, operation.id, WAIT_S)
+                ended = await controller.operation.remote(config.token, operation.id, WAIT_S)
                 assert ended.state in ("done", "failed"), ended
                 left = await settled(controller, 2 if phase == "switched" else 1)
                 assert nodes_of(left) == nodes_of(before) | ({new.node_id} if phase == "switched" else set())
                 await streams.more(6)
-                assert nodes_of(await scale(controller, config, 1)) == nodes_of(before)
+                if len(left.workers) > 1:
+                    left = await scale(controller, config, 1)
+                assert nodes_of(left) == nodes_of(before)
                 await asyncio.to_thread(cluster.remove_node, new)
                 await same_pages(controller, before)
 
