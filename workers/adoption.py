@@ -80,7 +80,7 @@ def adopt(
     """
     try:
         if kv.shares_pool(source.pool.address):
-            _map_rest(engine, kv, source, blocks, go_on)
+            _map_rest(engine, kv, source, blocks)
         else:
             with _open(kv, source, _ADOPT_READ_S) as reader:
                 _copy(engine, kv, source, reader, blocks, go_on, hurried)
@@ -279,13 +279,8 @@ def _blocks(kv: DeviceKV, groups: Iterable[tuple[int, ...]]) -> list[tuple[tuple
     return [(group, record) for group, record in read if record is not None]
 
 
-def _map_rest(engine: Engine, kv: DeviceKV, source: KVSource, blocks: int, serves: Callable[[], bool]) -> None:
-    throttle, known = Throttle(engine.step_s), list[_Known]()
-
-    def rest() -> None:
-        if serves():  # else others may be waiting for this
-            throttle()
-
+def _map_rest(engine: Engine, kv: DeviceKV, source: KVSource, blocks: int) -> None:
+    rest, known = Throttle(engine.step_s), list[_Known]()
     for group in kv.unmapped(source.pages):  # its worker writes it no more, and nobody else does yet
         known += [_Known(*block, 0) for block in _blocks(kv, [group])]
         rest()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...errors import InternalError, OperatorError
+from ...errors import OperatorError
 from ..config import DEFAULT_NAME, parse_seconds
 from ..tokens import VARIABLE
 
@@ -115,6 +115,7 @@ def follow(target: Target, deployment: Deployment, begin: Callable[[], Operation
 
 
 def _watched(target: Target, deployment: Deployment, status: OperationStatus) -> OperationStatus:
+    from ..remote import Unavailable
     from .operation_view import watch
 
     try:
@@ -123,8 +124,8 @@ def _watched(target: Target, deployment: Deployment, status: OperationStatus) ->
         command = f"concertina cancel {status.id}{target.named}"
         click.echo(f"\noperation {status.id} goes on; until it is committed, {command} withdraws it", err=True)
         sys.exit(130)
-    except InternalError as e:
-        raise InternalError(f"{e}; operation {status.id} goes on: concertina operations{target.named}") from e
+    except Unavailable as e:
+        raise Unavailable(f"{e}; operation {status.id} goes on: concertina operations{target.named}") from e
 
 
 def tell(target: Target, status: OperationStatus, waited: bool) -> None:

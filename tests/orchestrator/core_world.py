@@ -131,8 +131,10 @@ class World:
         self._seen, self._ghosts = {}, {}
 
     def double(self, effect: Effect) -> None:
-        """Have an effect carried out twice."""
-        self.orphans.append(_one_call(deed(self, effect)))
+        """Have an effect's first call made twice."""
+        again = deed(self, effect)
+        next(again, None)  # some look before they call
+        self.orphans.append(_one_call(again))
 
     def advance_orphan(self, orphan: Deed) -> None:
         try:

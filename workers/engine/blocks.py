@@ -232,7 +232,7 @@ class BlockManager:
 
     def unused_besides(self, blocks: Iterable[int]) -> int:
         """How many free or cached blocks there are besides these, without those kept."""
-        return len(self._free) + len(self._idle) - sum(block in self._idle for block in blocks)
+        return len(self._free) + len(self._idle) - len(self._idle.keys() & set(blocks))
 
     def keep(self, blocks: Iterable[int]) -> None:
         """Evict those of these that are cached after all others, the last one first.
